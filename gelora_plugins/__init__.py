@@ -1,0 +1,74 @@
+"""GeLoRA chooses LoRA ranks from the geometry of your data in your model. Importing this imports no torch."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gelora_plugins.adapter import AppliedPlan, apply_plan
+    from gelora_plugins.config import GeLoRAConfig
+    from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
+    from gelora_plugins.errors import GeLoRAError
+    from gelora_plugins.hookspecs import hookimpl
+    from gelora_plugins.integrations.axolotl import GeLoRAPlugin
+    from gelora_plugins.integrations.transformers import GeLoRACallback, prepare_trainer
+    from gelora_plugins.integrations.trl import GeLoRASFTTrainer
+    from gelora_plugins.layout import Block, Linear, ModelLayout
+    from gelora_plugins.pipeline import measure, select_ranks
+    from gelora_plugins.ranks import RankPlan, Site
+    from gelora_plugins.report import RankReport
+
+_HOME = {
+    "AppliedPlan": "adapter",
+    "Block": "layout",
+    "DimensionEstimate": "dimension",
+    "DimensionProfile": "dimension",
+    "GeLoRACallback": "integrations.transformers",
+    "GeLoRAConfig": "config",
+    "GeLoRAError": "errors",
+    "GeLoRAPlugin": "integrations.axolotl",
+    "GeLoRASFTTrainer": "integrations.trl",
+    "Linear": "layout",
+    "ModelLayout": "layout",
+    "RankPlan": "ranks",
+    "RankReport": "report",
+    "Site": "ranks",
+    "apply_plan": "adapter",
+    "hookimpl": "hookspecs",
+    "measure": "pipeline",
+    "prepare_trainer": "integrations.transformers",
+    "select_ranks": "pipeline",
+}
+__all__ = [
+    "AppliedPlan",
+    "Block",
+    "DimensionEstimate",
+    "DimensionProfile",
+    "GeLoRACallback",
+    "GeLoRAConfig",
+    "GeLoRAError",
+    "GeLoRAPlugin",
+    "GeLoRASFTTrainer",
+    "Linear",
+    "ModelLayout",
+    "RankPlan",
+    "RankReport",
+    "Site",
+    "apply_plan",
+    "hookimpl",
+    "measure",
+    "prepare_trainer",
+    "select_ranks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported at first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,284 @@
+"""The only module that changes a model: the ranks of a LoRA adapter that has not been trained, in place."""
+
+from __future__ import annotations
+
+import copy
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from gelora_plugins.errors import ApplyError, LayoutError
+from gelora_plugins.features import cuda_devices
+from gelora_plugins.layout import ModelLayout, unwrap
+from gelora_plugins.ranks import RankPlan, Site, layout_sites
+
+# PEFT 0.21: every other `init_lora_weights` reads or rewrites the base weight, a second time if run again, or
+# (False) makes lora_B random, so that a fresh adapter cannot be told from a trained one.
+IN_PLACE_INITS = (True, "gaussian", "orthogonal")
+CONFIG_ROUTE = (
+    "Choose the ranks before the adapter is made: plan = select_ranks(model, rows, lora_config=config), then "
+    "dataclasses.replace(config, **plan.lora_config_kwargs()), or GeLoRACallback(lora_config=config) on the model "
+    "without an adapter."
+)
+
+
+@dataclass(frozen=True)
+class AppliedPlan:
+    """What was changed: rank of every target module in the plan's blocks, and the modules made anew."""
+
+    ranks: dict[str, int]
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on a model: its name, its configuration, its layers by module path from the unwrapped model."""
+
+    model: nn.Module
+    name: str
+    config: LoraConfig
+    layers: dict[str, LoraLayer]
+
+    def sites(self, layout: ModelLayout) -> tuple[Site, ...]:
+        """The blocks that have target modules whose rank is free to choose, in block order.
+
+        Modules that the user's own `rank_pattern` or `alpha_pattern` names are the user's, and so are modules
+        outside the blocks (embeddings, heads): they keep their rank and are not counted.
+
+        Raises:
+            LayoutError: no target module lies in a block.
+        """
+        cost = {block.name: 0 for block in layout.blocks}
+        for block in layout.blocks:
+            for layer in self.free_layers(block.name).values():
+                numel = sum(parameter.numel() for _, parameter in self.matrices(layer))
+                cost[block.name] += numel // layer.r[self.name]
+        sites = tuple(Site(name, parameters) for name, parameters in cost.items() if parameters)
+        if not sites:
+            raise LayoutError(
+                f"None of the {len(self.layers)} target modules of the adapter is free to get a rank: expected some "
+                "in the transformer blocks that `rank_pattern` and `alpha_pattern` of your LoRA configuration leave "
+                "open."
+            )
+        return sites
+
+    def free_layers(self, block: str) -> dict[str, LoraLayer]:
+        """The layers below `block` that no pattern of the user's names."""
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if name.startswith(f"{block}.") and not matches_pattern(self.config, name)
+        }
+
+    def matrices(self, layer: LoraLayer) -> Iterator[tuple[str, Tensor]]:
+        """(name within the layer, parameter) of everything whose shape follows the rank of this adapter."""
+        for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            container: Any = getattr(layer, kind)
+            if self.name in container:
+                entry: Any = container[self.name]
+                yield kind, getattr(entry, "weight", entry)
+
+    def check_fresh(self) -> None:
+        """Raises ApplyError unless the ranks of this adapter can be changed in place."""
+        if self.config.init_lora_weights not in IN_PLACE_INITS:
+            raise ApplyError(
+                f"init_lora_weights={self.config.init_lora_weights!r} cannot be run again on an adapter that exists; "
+                f"in place GeLoRA takes {', '.join(map(repr, IN_PLACE_INITS))}. {CONFIG_ROUTE}"
+            )
+        if getattr(unwrap(self.model), "tp_size", None) not in (None, 1):
+            raise ApplyError(f"The model is tensor-parallel; its adapter cannot be resized in place. {CONFIG_ROUTE}")
+        for name, layer in self.layers.items():
+            for kind, parameter in self.matrices(layer):
+                if parameter.is_meta or parameter.numel() == 0:
+                    raise ApplyError(f"{kind} of {name} is empty here: the model is sharded. {CONFIG_ROUTE}")
+                if kind in ("lora_B", "lora_embedding_A") and bool(parameter.any()):
+                    raise ApplyError(
+                        f"The adapter is trained already: {kind} of {name} is not 0. GeLoRA chooses ranks before "
+                        "training; train this adapter on without GeLoRA, or start from a fresh one."
+                    )
+
+
+def matches_pattern(config: LoraConfig, name: str) -> bool:
+    """Whether the `rank_pattern` or `alpha_pattern` of `config` names the module."""
+    return any(
+        get_pattern_key(pattern.keys(), name) in pattern for pattern in (config.rank_pattern, config.alpha_pattern)
+    )
+
+
+def find_adapter(model: nn.Module) -> Adapter | None:
+    """The active LoRA adapter of a PEFT model, or of a model with `add_adapter`; None when there is no adapter.
+
+    Raises:
+        ApplyError: the active adapter is not LoRA, or several adapters are active.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    if not configs:
+        return None
+    active = getattr(model, "active_adapters", None)
+    names = list(active() if callable(active) else active or configs)
+    if len(names) != 1:
+        raise ApplyError(f"The adapters {', '.join(names)} are active; expected one. Activate the one to be trained.")
+    config = configs[names[0]]
+    if not isinstance(config, LoraConfig):
+        raise ApplyError(f"The adapter {names[0]!r} is {config.peft_type}; GeLoRA chooses ranks for LoRA only.")
+    layers = {
+        name: module
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, LoraLayer) and names[0] in module.r
+    }
+    return Adapter(model, names[0], config, layers)
+
+
+def config_sites(layout: ModelLayout, config: LoraConfig) -> tuple[Site, ...]:
+    """The sites that `config` would adapt on a model without an adapter, by PEFT's own rules.
+
+    Raises:
+        LayoutError: it would adapt none, or has no target modules and PEFT has no default for the model.
+    """
+    resolved = copy.copy(config)
+    if resolved.target_modules is None:
+        resolved.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(layout.model_type)
+        if resolved.target_modules is None:
+            raise LayoutError(
+                f"PEFT has no default target modules for {layout.model_type!r} models; expected target_modules in the "
+                'LoRA configuration, "all-linear" for example.'
+            )
+    elif isinstance(resolved.target_modules, str) and resolved.target_modules.lower() == "all-linear":
+        resolved.target_modules = {linear.name for block in layout.blocks for linear in block.linears}
+    sites = layout_sites(
+        layout,
+        lambda name: bool(check_target_module_exists(resolved, name)) and not matches_pattern(config, name),
+    )
+    if not sites:
+        raise LayoutError(f"target_modules={config.target_modules!r} names no linear map in the transformer blocks.")
+    return sites
+
+
+def with_plan(config: LoraConfig, plan: RankPlan) -> LoraConfig:
+    """A copy of `config` with the ranks of `plan`; modules that the user's own patterns name stay the user's.
+
+    Where a block has such modules its other modules get a key each: the first match wins, but `save_pretrained`
+    sorts the keys (PEFT 0.21), so no key of ours may match a module of the user's.
+
+    Raises:
+        PlanError: the plan keeps another scaling than `config` has.
+    """
+    plan.check_scaling(config.r, config.lora_alpha, config.use_rslora)
+    linears = {block.name: block.linears for block in plan.profile.layout.blocks}
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    for site, rank in zip(plan.sites, plan.ranks, strict=True):
+        names = [linear.name for linear in linears[site.name]]
+        free = [name for name in names if not matches_pattern(config, name)]
+        for key in [site.pattern] if free == names else [f"^{re.escape(name)}" for name in free]:
+            ranks[key], alphas[key] = rank, plan.alpha(rank)
+    changed = copy.copy(config)  # TRL's "ref" adapter shares the user's object
+    changed.rank_pattern, changed.alpha_pattern = ranks, alphas
+    return changed
+
+
+def apply_plan(model: nn.Module, plan: RankPlan) -> AppliedPlan:
+    """Give the fresh LoRA adapter of `model` the ranks of `plan`, in place, and write them into its configuration.
+
+    A module whose rank does not change is not touched. New matrices get the dtype, device and requires_grad of the
+    old ones, and are drawn from a seed of their own made of torch's seed and the module's name, so that the random
+    state is as before and the rank of one module does not move another's draw.
+
+    Raises:
+        ApplyError: no adapter, a trained one, or one that cannot be changed in place. Nothing was changed.
+        PlanError: the plan is for another model, other target modules or another scaling. Nothing was changed.
+    """
+    adapter = require_adapter(model)
+    adapter.check_fresh()
+    plan.check_sites(adapter.sites(plan.profile.layout))
+    config = with_plan(adapter.config, plan)
+    ranks: dict[str, int] = {}
+    for site, rank in zip(plan.sites, plan.ranks, strict=True):
+        ranks |= dict.fromkeys(adapter.free_layers(site.name), rank)
+    alphas = {name: plan.alpha(rank) for name, rank in ranks.items()}
+    return AppliedPlan(ranks, _resize(adapter, config, ranks, alphas))
+
+
+def apply_config(model: nn.Module, saved: LoraConfig) -> AppliedPlan:
+    """Give the adapter of `model` the ranks that `saved`, a checkpoint's configuration, has: for resuming.
+
+    Raises:
+        ApplyError: no adapter, or modules that would change are trained already. Nothing was changed.
+    """
+    adapter = require_adapter(model)
+    ranks, alphas = {}, {}
+    for name in adapter.layers:
+        ranks[name] = saved.rank_pattern.get(get_pattern_key(saved.rank_pattern.keys(), name), saved.r)
+        alphas[name] = saved.alpha_pattern.get(get_pattern_key(saved.alpha_pattern.keys(), name), saved.lora_alpha)
+    if any(rank != adapter.layers[name].r[adapter.name] for name, rank in ranks.items()):
+        adapter.check_fresh()
+    config = copy.copy(adapter.config)
+    config.r, config.lora_alpha = saved.r, saved.lora_alpha
+    config.rank_pattern, config.alpha_pattern = dict(saved.rank_pattern), dict(saved.alpha_pattern)
+    return AppliedPlan(ranks, _resize(adapter, config, ranks, alphas))
+
+
+def require_adapter(model: nn.Module) -> Adapter:
+    """`find_adapter`, or ApplyError when there is none."""
+    adapter = find_adapter(model)
+    if adapter is None or not adapter.layers:
+        raise ApplyError(
+            "The model has no LoRA adapter; expected one to give ranks to. Wrap it with get_peft_model(model, "
+            "LoraConfig(...)), or pass GeLoRACallback(lora_config=LoraConfig(...)); with TRL pass peft_config."
+        )
+    return adapter
+
+
+def _resize(
+    adapter: Adapter, config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> tuple[str, ...]:
+    changed = [name for name, rank in ranks.items() if rank != adapter.layers[name].r[adapter.name]]
+    before = [entry for name in changed for entry in _entries(adapter.layers[name], adapter.name)]
+    modes = [(p, p.requires_grad) for layer in adapter.layers.values() for p in layer.parameters()]
+    try:
+        seed = torch.initial_seed()
+        with torch.random.fork_rng(devices=cuda_devices()):
+            for name in changed:
+                torch.manual_seed((seed ^ zlib.crc32(name.encode())) % 2**63)
+                _update_layer(adapter.layers[name], adapter.name, ranks[name], alphas[name], config)
+    except BaseException:
+        for container, value in before:
+            container[adapter.name] = value
+        for parameter, requires_grad in modes:
+            parameter.requires_grad_(requires_grad)
+        raise
+    configs: Any = adapter.model.peft_config
+    configs[adapter.name] = config
+    return tuple(changed)
+
+
+def _update_layer(layer: Any, name: str, rank: int, alpha: float, config: LoraConfig) -> None:
+    """PEFT 0.21's `update_layer` gives new matrices the dtype of the base weight, and gradients: undo both."""
+    old = {key: p for key, p in layer.named_parameters() if f".{name}" in key}
+    others = [(p, p.requires_grad) for key, p in layer.named_parameters() if key not in old]
+    modes = {module: module.training for module in layer.modules()}
+    layer.update_layer(name, r=rank, lora_alpha=alpha, config=config)
+    for module in layer.modules():
+        module.training = modes.get(module, layer.training)
+    for key, parameter in layer.named_parameters():
+        if key in old:
+            parameter.data = parameter.data.to(old[key].device, old[key].dtype)
+            parameter.requires_grad_(old[key].requires_grad)
+    for parameter, requires_grad in others:
+        parameter.requires_grad_(requires_grad)
+
+
+def _entries(layer: Any, name: str) -> list[tuple[Any, Any]]:
+    """(container, value) of everything that the layer keeps under this adapter's name."""
+    containers: list[Any] = [*vars(layer).values(), *layer._modules.values()]
+    kinds = (dict, nn.ModuleDict, nn.ParameterDict)
+    return [(c, c[name]) for c in containers if isinstance(c, kinds) and name in c]

@@ -1,0 +1,44 @@
+"""The built-in estimators, poolings, policies, layout finder and reports, registered as a stranger's would be."""
+
+from typing import TYPE_CHECKING, Any
+
+from gelora_plugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gelora_plugins.layout import ModelLayout
+    from gelora_plugins.report import RankReport
+
+
+@hookimpl
+def register_estimators() -> dict[str, Any]:
+    from gelora_plugins import estimators
+
+    return {"twonn": estimators.twonn, "twonn_mle": estimators.twonn_mle}
+
+
+@hookimpl
+def register_poolings() -> dict[str, Any]:
+    from gelora_plugins import pooling
+
+    return {"mean": pooling.mean, "last": pooling.last, "first": pooling.first}
+
+
+@hookimpl
+def register_rank_policies() -> dict[str, Any]:
+    from gelora_plugins import policies
+
+    return {"gelora": policies.gelora, "budget": policies.budget, "uniform": policies.uniform}
+
+
+@hookimpl(trylast=True)
+def find_model_layout(model: "nn.Module") -> "ModelLayout":
+    from gelora_plugins.layout import find_transformers_layout
+
+    return find_transformers_layout(model)
+
+
+@hookimpl
+def write_report(report: "RankReport", output_dir: str) -> None:
+    report.write(output_dir)

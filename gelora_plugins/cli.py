@@ -1,0 +1,203 @@
+"""The command `gelora`. Heavy imports stand inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gelora_plugins.config import GeLoRAConfig
+from gelora_plugins.errors import ConfigError, GeLoRAError, LayoutError, ProbeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Choose LoRA ranks from the geometry of your data in your model.\n\n"
+    "[bold]gelora demo[/] shows all of it on a small real model. For your own: [bold]gelora probe[/] measures, "
+    "[bold]gelora plan[/] chooses ranks from what was measured, [bold]gelora report[/] shows them. Most people need "
+    "none of these: add GeLoRACallback() to your Trainer and train.",
+)
+
+_OPTIONS = {field.name: field for field in fields(GeLoRAConfig)}
+_TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+}
+
+
+def _help(name: str) -> str:
+    return str(_OPTIONS[name].metadata["help"]).replace("`", "")
+
+
+def _default(name: str) -> Any:
+    return _OPTIONS[name].default
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter and the report.")] = Path(
+        "gelora-demo"
+    ),
+    policy: Annotated[str, typer.Option(help=_help("policy"))] = _default("policy"),
+    samples: Annotated[int, typer.Option(help="Passages to measure on.")] = 512,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 10,
+) -> None:
+    """The whole method on SmolLM2-135M: measure, choose, train a few steps, save, reload. Needs no hub."""
+    from gelora_plugins.demo import run
+
+    run(output, policy=policy, samples=samples, steps=steps)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of the pretrained model.")],
+    data: Annotated[str, typer.Argument(help="JSONL, Parquet or CSV file, or hub id, of the training data.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = Path("profile.json"),
+    task: Annotated[
+        str, typer.Option(help=f"Head that the model will be trained with: auto, {', '.join(_TASKS)}.")
+    ] = "auto",
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    estimator: Annotated[str, typer.Option(help=_help("estimator"))] = _default("estimator"),
+    pooling: Annotated[str, typer.Option(help=_help("pooling"))] = _default("pooling"),
+    probe_samples: Annotated[int, typer.Option(help=_help("probe_samples"))] = _default("probe_samples"),
+    probe_max_length: Annotated[int, typer.Option(help=_help("probe_max_length"))] = _default("probe_max_length"),
+    probe_batch_size: Annotated[int, typer.Option(help=_help("probe_batch_size"))] = _default("probe_batch_size"),
+    probe_seed: Annotated[int, typer.Option(help=_help("probe_seed"))] = _default("probe_seed"),
+) -> None:
+    """Measure: hidden states of DATA in MODEL -> intrinsic dimension at every block boundary."""
+    config = GeLoRAConfig(
+        estimator=estimator,
+        pooling=pooling,
+        probe_samples=probe_samples,
+        probe_max_length=probe_max_length,
+        probe_batch_size=probe_batch_size,
+        probe_seed=probe_seed,
+    )
+    from gelora_plugins import plugins, records
+
+    plugins.find("estimator", estimator)
+    plugins.find("pooling", pooling)
+    loaded, tokenizer = _load(model, task, dtype)
+    from gelora_plugins.pipeline import measure
+    from gelora_plugins.rows import TokenisedRows, load_rows
+
+    rows = TokenisedRows(load_rows(data, split), tokenizer, text_field)
+    profile = measure(loaded, rows, config, progress=sys.stderr.isatty())
+    records.write_json(output, profile.to_dict())
+    for boundary, estimate in enumerate(profile.estimates):
+        typer.echo(f"boundary {boundary:3d}  {estimate}")
+    for note in profile.notes():
+        typer.echo(note)
+    typer.echo(f"{profile.num_documents} documents, {profile.num_tokens} tokens, {profile.seconds:.1f} s -> {output}")
+
+
+@app.command()
+def plan(
+    profile: Annotated[Path, typer.Argument(help="What gelora probe wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
+    policy: Annotated[str, typer.Option(help=_help("policy"))] = _default("policy"),
+    rounding: Annotated[str, typer.Option(help=_help("rounding"))] = _default("rounding"),
+    rank: Annotated[int, typer.Option(help="Your own r: the budget, and what the scaling is measured by.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
+    rslora: Annotated[bool, typer.Option(help="Rank-stabilised LoRA: scaling is alpha / sqrt(r).")] = False,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, or the endings of module names, with commas: q_proj,v_proj.")
+    ] = "all-linear",
+) -> None:
+    """Choose: a profile -> one rank per block, for LoraConfig or GeLoRACallback(plan=...). Needs no model."""
+    from gelora_plugins import records
+    from gelora_plugins.dimension import DimensionProfile
+    from gelora_plugins.policies import make_plan
+    from gelora_plugins.ranks import layout_sites
+
+    measured = DimensionProfile.from_dict(records.read_json(profile))
+    names = [name.strip() for name in target_modules.split(",")]
+    sites = layout_sites(
+        measured.layout,
+        lambda path: names == ["all-linear"] or any(path == name or path.endswith(f".{name}") for name in names),
+    )
+    if not sites:
+        raise LayoutError(f"No linear map in the blocks of {profile} ends in any of: {', '.join(names)}.")
+    chosen = make_plan(
+        measured, GeLoRAConfig(policy=policy, rounding=rounding), sites, rank, lora_alpha=alpha, use_rslora=rslora
+    )
+    chosen.save(output)
+    _show(chosen)
+    typer.echo(f"-> {output}")
+
+
+@app.command()
+def report(
+    plan: Annotated[Path, typer.Argument(help="What gelora plan, or a training, wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for report.md, report.json and ranks.png.")
+    ] = None,
+) -> None:
+    """Show: the table of a plan, and with -o the files."""
+    from gelora_plugins.ranks import RankPlan
+    from gelora_plugins.report import RankReport
+
+    loaded = RankPlan.load(plan)
+    _show(loaded)
+    if output is not None:
+        for path in RankReport(loaded).write(output):
+            typer.echo(f"-> {path}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def sft(context: typer.Context) -> None:
+    """TRL's SFT script with GeLoRA: its own arguments, and GeLoRA's beside them (gelora sft --help)."""
+    from gelora_plugins.integrations import trl
+
+    trl.main(context.args)
+
+
+def _show(plan: Any) -> None:
+    from rich.console import Console
+
+    from gelora_plugins.report import RankReport, plan_table
+
+    Console().print(plan_table(plan))
+    for line in RankReport(plan).lines():
+        typer.echo(line)
+
+
+def _load(model: str, task: str, dtype: str) -> tuple[Any, Any]:
+    """The model with the head that it will be trained with (its name is in every module path), and its tokenizer."""
+    import torch
+    import transformers
+
+    if task != "auto" and task not in _TASKS:
+        raise ConfigError(f"--task is {task!r}; expected auto or one of: {', '.join(_TASKS)}.")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"--dtype is {dtype!r}; expected auto, float32, bfloat16 or float16.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        architectures = getattr(config, "architectures", None) or ["AutoModel"]
+        loader = getattr(transformers, architectures[0] if task == "auto" else _TASKS[task])
+        return loader.from_pretrained(model, dtype=dtype), transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ProbeError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def main() -> None:
+    """Run the command; a user's error is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except GeLoRAError as error:
+        typer.echo(f"gelora: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""GeLoRAConfig: the one definition of every option. Standard library only."""
+
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Self
+
+from gelora_plugins.errors import ConfigError
+
+ROUNDINGS = ("nearest", "ceil", "floor", "dimensions")
+ON_FAILURE = ("raise", "keep")
+
+
+@dataclass(frozen=True)
+class GeLoRAConfig:
+    """Options of the rank selection. `HfArgumentParser` reads this class, so `help` is the documentation.
+
+    Raises:
+        ConfigError: a value is out of range. Names of estimators, poolings and policies are checked at use,
+            because plugins may add to them.
+    """
+
+    policy: str = field(
+        default="gelora",
+        metadata={
+            "help": "How dimensions become ranks: `gelora` (as published: growth of the dimension over the block, "
+            "plus one), `budget` (the same relative need within the parameters that your own `r` costs) or "
+            "`uniform` (your own `r` everywhere, as a control: measures, and changes nothing)."
+        },
+    )
+    estimator: str = field(
+        default="twonn_mle",
+        metadata={
+            "help": "Estimator of the intrinsic dimension: `twonn_mle` (TwoNN by censored maximum likelihood, "
+            "with an interval) or `twonn` (TwoNN by linear fit, no interval)."
+        },
+    )
+    pooling: str = field(
+        default="mean",
+        metadata={"help": "How the hidden states of a document become one point: `mean`, `last` or `first` token."},
+    )
+    rounding: str = field(
+        default="nearest",
+        metadata={
+            "help": "How the policy `gelora` makes ranks whole: `nearest`, `ceil` or `floor` of the rank, or "
+            "`dimensions` (each dimension rounded to the nearest integer first)."
+        },
+    )
+    probe_samples: int = field(
+        default=1024,
+        metadata={"help": "How many distinct training documents to measure on; fewer are used when fewer exist."},
+    )
+    probe_max_length: int = field(
+        default=512, metadata={"help": "Tokens of a document that are read; what is longer is cut there."}
+    )
+    probe_batch_size: int = field(default=16, metadata={"help": "Documents in one forward pass of the probe."})
+    probe_seed: int = field(default=0, metadata={"help": "Seed of the choice of documents."})
+    plan: str | None = field(
+        default=None, metadata={"help": "Path of a saved plan. Its ranks are used and nothing is measured."}
+    )
+    on_failure: str = field(
+        default="raise",
+        metadata={
+            "help": "When no ranks can be chosen: `raise` stops before training, `keep` warns and trains with the "
+            "ranks of your own LoRA configuration."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("probe_samples", 1), ("probe_max_length", 1), ("probe_batch_size", 1), ("probe_seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+        for name, allowed in (("rounding", ROUNDINGS), ("on_failure", ON_FAILURE)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; expected one of: {', '.join(allowed)}.")
+        for name in ("policy", "estimator", "pooling"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected the name of one, as a string.")
+        if self.plan is not None and not isinstance(self.plan, str):
+            raise ConfigError(f"plan is {self.plan!r}; expected the path of a saved plan, as a string.")
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any], *, where: str = "gelora") -> Self:
+        """Build from a mapping, such as a section of a YAML file; `where` names that section in errors.
+
+        Raises:
+            ConfigError: an option does not exist (the nearest name is suggested) or has a bad value.
+        """
+        if not isinstance(options, dict):
+            raise ConfigError(f"{where} is {options!r}; expected a mapping of options.")
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"Did you mean {where}.{near[0]}? " if near else ""
+                raise ConfigError(f"{where}.{name} is not an option. {hint}The options are: {', '.join(known)}.")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values."""
+        return asdict(self)

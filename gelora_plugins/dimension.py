@@ -1,0 +1,154 @@
+"""What was measured: DimensionEstimate at each block boundary, gathered in a DimensionProfile. Needs no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from gelora_plugins import records
+from gelora_plugins.errors import PlanError
+from gelora_plugins.layout import ModelLayout
+
+MIN_POINTS = 50  # below this the 95 % interval of TwoNN is wider than +-28 % of the value
+
+
+@dataclass(frozen=True)
+class DimensionEstimate:
+    """The intrinsic dimension of one set of points.
+
+    Attributes:
+        value: the dimension, a positive number; None when the points have none (see `degenerate`).
+        std_error: standard error of `value`, or None where the estimator has none.
+        interval: 95 % confidence interval (low, high), or None where the estimator has none.
+        num_points: how many distinct points the estimate rests on.
+        degenerate: why there is no dimension (the points coincide, say); empty when there is one.
+    """
+
+    value: float | None
+    num_points: int
+    std_error: float | None = None
+    interval: tuple[float, float] | None = None
+    degenerate: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.degenerate == ""):
+            raise PlanError("A dimension estimate has either a value or the reason why there is none.")
+        if self.value is not None and not (math.isfinite(self.value) and self.value > 0):
+            raise PlanError(f"An intrinsic dimension of {self.value!r} was found; expected a positive finite number.")
+        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+            raise PlanError(f"The interval {self.interval!r} is not (low, high).")
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "-"
+        if self.interval is None:
+            return f"{self.value:.1f}"
+        return f"{self.value:.1f} [{self.interval[0]:.1f}, {self.interval[1]:.1f}]"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Inverse of `dataclasses.asdict`. Raises PlanError for anything else."""
+        get = records.reader(data, "estimate")
+        interval = get("interval", list, null=True)
+        if interval is not None:
+            if len(interval) != 2 or not all(records.is_number(x) for x in interval):
+                raise PlanError(f"estimate.interval is {interval!r}; expected two numbers.")
+            interval = (float(interval[0]), float(interval[1]))
+        return cls(
+            value=get("value", float, null=True),
+            num_points=get("num_points", int),
+            std_error=get("std_error", float, null=True),
+            interval=interval,
+            degenerate=get("degenerate", str),
+        )
+
+
+@dataclass(frozen=True)
+class DimensionProfile:
+    """Intrinsic dimension at every block boundary of one model on one probe set; enough to plan without the model.
+
+    Attributes:
+        layout: the blocks that the boundaries lie between.
+        estimates: one per boundary, in the order of `layout.num_boundaries`.
+        estimator, pooling: names of what measured them.
+        seed: seed of the choice of documents.
+        num_documents: distinct documents that were read.
+        num_repeated_inputs: documents dropped before the forward pass, because the same input was already there.
+        num_repeated_points: points dropped at every boundary, because they coincide with another at one of them.
+        num_tokens: tokens that went through the backbone, padding not counted.
+        seconds: wall time of the measurement.
+        data_fingerprint: SHA-256 over the token ids of the documents that were read.
+    """
+
+    layout: ModelLayout
+    estimates: tuple[DimensionEstimate, ...]
+    estimator: str
+    pooling: str
+    seed: int
+    num_documents: int
+    num_repeated_inputs: int
+    num_repeated_points: int
+    num_tokens: int
+    seconds: float
+    data_fingerprint: str
+
+    def __post_init__(self) -> None:
+        if len(self.estimates) != self.layout.num_boundaries:
+            raise PlanError(
+                f"{len(self.estimates)} dimensions for a model of {self.layout.num_boundaries} block boundaries."
+            )
+
+    def growth(self) -> tuple[float | None, ...]:
+        """d_{i+1} - d_i for each block i, in the order of `layout.blocks`.
+
+        None where the block's input has no dimension: a single point has no growth to measure from, and
+        counting it as 0 would give that block the largest rank of the network.
+        """
+        return growth([estimate.value for estimate in self.estimates], self.layout)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know before trusting the numbers, one sentence each."""
+        notes = []
+        if self.num_repeated_inputs:
+            notes.append(f"{self.num_repeated_inputs} repeated inputs were left out before measuring.")
+        if self.num_repeated_points:
+            notes.append(
+                f"{self.num_repeated_points} points that coincide with another were left out at every boundary."
+            )
+        notes += [
+            f"Boundary {boundary} has no dimension: {estimate.degenerate} The block after it gets the smallest need."
+            for boundary, estimate in enumerate(self.estimates)
+            if estimate.degenerate
+        ]
+        return tuple(notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values, with the schema number."""
+        return {"schema": records.SCHEMA, "kind": "dimension_profile", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Inverse of `to_dict`. Raises PlanError when a value is missing, of the wrong type or out of range."""
+        get = records.reader(data, "profile", kind="dimension_profile")
+        return cls(
+            layout=ModelLayout.from_dict(get("layout", dict)),
+            estimates=tuple(DimensionEstimate.from_dict(e) for e in get("estimates", list)),
+            estimator=get("estimator", str),
+            pooling=get("pooling", str),
+            seed=get("seed", int),
+            num_documents=get("num_documents", int),
+            num_repeated_inputs=get("num_repeated_inputs", int),
+            num_repeated_points=get("num_repeated_points", int),
+            num_tokens=get("num_tokens", int),
+            seconds=get("seconds", float),
+            data_fingerprint=get("data_fingerprint", str),
+        )
+
+
+def growth(dimensions: Sequence[float | None], layout: ModelLayout) -> tuple[float | None, ...]:
+    """Difference of `dimensions` (one per boundary) over each block; None where the block's input has none."""
+    result: list[float | None] = []
+    for before, after in layout.block_boundaries():
+        d_in, d_out = dimensions[before], dimensions[after]
+        result.append(None if d_in is None or d_out is None else d_out - d_in)
+    return tuple(result)

@@ -1,0 +1,41 @@
+"""The extension points. A plugin is an object with some of these hooks, under the entry point group `gelora`."""
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from gelora_plugins.layout import ModelLayout
+    from gelora_plugins.report import RankReport
+
+hookspec = pluggy.HookspecMarker("gelora")
+hookimpl = pluggy.HookimplMarker("gelora")
+
+
+@hookspec
+def register_estimators() -> "Mapping[str, Callable[..., Any]]":
+    """Estimators of intrinsic dimension by name: distinct points (n, D) float32 -> DimensionEstimate."""
+
+
+@hookspec
+def register_poolings() -> "Mapping[str, Callable[..., Any]]":
+    """Poolings by name: hidden (documents, tokens, features), mask (documents, tokens) -> (documents, features)."""
+
+
+@hookspec
+def register_rank_policies() -> "Mapping[str, Callable[..., Any]]":
+    """Rank policies by name: profile, sites, base_rank, config -> one rank of at least 1 per site."""
+
+
+@hookspec(firstresult=True)
+def find_model_layout(model: "nn.Module") -> "ModelLayout | None":
+    """The transformer blocks of `model`, or None when this plugin does not know it."""
+
+
+@hookspec
+def write_report(report: "RankReport", output_dir: str) -> None:
+    """A report is ready: write it below `output_dir`, or send it on. Called in the main process only."""

@@ -1,0 +1,172 @@
+"""Where the transformer blocks of a model are: ModelLayout, and the generic finder for models of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from gelora_plugins import records
+from gelora_plugins.errors import LayoutError, PlanError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+HOW_TO_REGISTER = (
+    "Write a plugin with a `find_model_layout(model)` hook that returns a ModelLayout for it "
+    "(see examples/plugin), and install it."
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map inside a block: module path, and the sizes of its input and output."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block: module path, and the linear maps inside it in module order."""
+
+    name: str
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """The transformer blocks of a model, in the order in which hidden states pass through them.
+
+    All module paths count from the model itself, without the wrapper that PEFT puts around it.
+
+    Attributes:
+        model_type: `config.model_type` of the model, for messages and for telling plans apart.
+        backbone: path of the module that is called to probe: the model without its head; "" is the model.
+        stacks: one tuple of blocks per stack: one for a decoder or an encoder, encoder then decoder for both.
+            A stack of L blocks has L + 1 boundaries.
+    """
+
+    model_type: str
+    backbone: str
+    stacks: tuple[tuple[Block, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.stacks or not all(self.stacks):
+            raise PlanError("A model layout needs at least one block in every stack.")
+        names = [block.name for block in self.blocks]
+        if len(set(names)) != len(names):
+            raise PlanError("Two blocks of a model layout have the same name.")
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks, stack after stack."""
+        return tuple(block for stack in self.stacks for block in stack)
+
+    @property
+    def num_boundaries(self) -> int:
+        """Boundaries of all stacks: L + 1 for a stack of L blocks."""
+        return sum(len(stack) + 1 for stack in self.stacks)
+
+    def block_boundaries(self) -> Iterator[tuple[int, int]]:
+        """(input boundary, output boundary) of each block, in the order of `blocks`."""
+        first = 0
+        for stack in self.stacks:
+            for i in range(len(stack)):
+                yield first + i, first + i + 1
+            first += len(stack) + 1
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Inverse of `dataclasses.asdict`. Raises PlanError for anything else."""
+        get = records.reader(data, "layout")
+        stacks = []
+        for stack in get("stacks", list):
+            if not isinstance(stack, list):
+                raise PlanError("layout.stacks is not a list of lists of blocks.")
+            stacks.append(tuple(_block_from_dict(block) for block in stack))
+        return cls(get("model_type", str), get("backbone", str), tuple(stacks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values."""
+        return asdict(self)
+
+
+def _block_from_dict(data: Any) -> Block:
+    get = records.reader(data, "block")
+    linears = []
+    for linear in get("linears", list):
+        read = records.reader(linear, "linear")
+        linears.append(Linear(read("name", str), read("in_features", int), read("out_features", int)))
+    return Block(get("name", str), tuple(linears))
+
+
+def find_transformers_layout(model: nn.Module) -> ModelLayout:
+    """The layout of a model of transformers: decoder, encoder or encoder-decoder, with or without a PEFT adapter.
+
+    The blocks are the `ModuleList` with linear maps in it that has as many entries as the configuration has layers;
+    of a model that reads images as well, the one of its language model.
+
+    Raises:
+        LayoutError: no such list, or more than one, with what was found and how to register a layout.
+    """
+    root: Any = unwrap(model)
+    config = getattr(root, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise LayoutError(f"{type(root).__name__} is not a model of transformers. {HOW_TO_REGISTER}")
+    names = {module: name for name, module in root.named_modules()}
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        parts = [(root.get_encoder(), text.num_hidden_layers)]
+        # T5 counts its decoder's blocks apart; BART's `num_hidden_layers` is its encoder's.
+        decoder_layers = getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None)
+        parts.append((root.get_decoder(), decoder_layers or text.num_hidden_layers))
+        backbone = root.base_model
+    else:
+        backbone = root.base_model
+        parts = [(backbone.get_decoder(), getattr(text, "num_hidden_layers", None))]  # an encoder gives itself
+    stacks = tuple(_find_stack(root, names, part, count) for part, count in parts)
+    return ModelLayout(model_type=config.model_type, backbone=names[backbone], stacks=stacks)
+
+
+def _find_stack(root: nn.Module, names: dict[nn.Module, str], part: nn.Module, count: int | None) -> tuple[Block, ...]:
+    from torch import nn
+
+    lists = {name: module for name, module in part.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    # Norms or convolutions of their own per layer may stand in lists of the same length. Two lists with linear maps
+    # hold no blocks: XLM keeps the attention of all layers in one and the feed-forward nets in the other.
+    found = [m for m in outer if len(m) == count and any(linears_of(m, ""))]
+    if len(found) != 1:
+        seen = ", ".join(f"{names[m]} ({len(m)})" for m in outer) or "none"
+        raise LayoutError(
+            f"The transformer blocks of {type(root).__name__} were not found: expected one list of {count} modules "
+            f"in {type(part).__name__}, found: {seen}. {HOW_TO_REGISTER}"
+        )
+    return tuple(Block(names[block], tuple(linears_of(block, names[block]))) for block in found[0])
+
+
+def linears_of(module: nn.Module, prefix: str) -> Iterator[Linear]:
+    """The linear maps below `module`: nn.Linear and its quantised kinds, GPT-2's Conv1D; adapters looked through."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    base: Any = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    base = base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+    if isinstance(base, nn.Linear):
+        yield Linear(prefix, base.in_features, base.out_features)
+    elif isinstance(base, Conv1D):
+        yield Linear(prefix, base.nx, base.nf)
+    else:
+        for name, child in base.named_children():
+            yield from linears_of(child, f"{prefix}.{name}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model that the user loaded: what PEFT's wrapper holds, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,0 +1,81 @@
+"""The plugin manager: built at first use, never at import."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import pluggy
+
+from gelora_plugins import hookspecs
+from gelora_plugins.errors import ConfigError, PluginError
+
+_KINDS = {
+    "estimator": "register_estimators",
+    "pooling": "register_poolings",
+    "policy": "register_rank_policies",
+}
+
+
+@lru_cache(maxsize=1)
+def plugin_manager() -> pluggy.PluginManager:
+    """The built-ins and every installed plugin of the entry point group `gelora`.
+
+    Raises:
+        PluginError: a plugin does not load, or has a hook that does not exist; it is named.
+    """
+    from gelora_plugins import builtin
+
+    manager = pluggy.PluginManager("gelora")
+    manager.add_hookspecs(hookspecs)
+    manager.register(builtin, "gelora")
+    for entry in entry_points(group="gelora"):
+        try:
+            manager.register(entry.load(), entry.name)
+            manager.check_pending()
+        except Exception as error:
+            raise PluginError(
+                f"The gelora plugin {entry.name!r} ({entry.value}) does not load: {type(error).__name__}: {error}. "
+                "Mend it, or uninstall the distribution that brings it."
+            ) from error
+    return manager
+
+
+def find(kind: str, name: str) -> Callable[..., Any]:
+    """The estimator, pooling or policy of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists what exists.
+        PluginError: two plugins register one name.
+    """
+    known = available(kind)
+    if name not in known:
+        raise ConfigError(f"{kind} {name!r} does not exist; there are: {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def available(kind: str) -> dict[str, Callable[..., Any]]:
+    """All estimators, poolings or policies by name.
+
+    Raises:
+        PluginError: two plugins register one name, or a hook fails; they are named.
+    """
+    manager = plugin_manager()
+    owners: dict[str, str] = {}
+    known: dict[str, Callable[..., Any]] = {}
+    for implementation in getattr(manager.hook, _KINDS[kind]).get_hookimpls():
+        try:
+            functions = dict(implementation.function())
+        except Exception as error:
+            raise PluginError(
+                f"{_KINDS[kind]} of the gelora plugin {implementation.plugin_name!r} fails: {type(error).__name__}: "
+                f"{error}. Mend it, or uninstall the distribution that brings it."
+            ) from error
+        for name, function in functions.items():
+            if name in known:
+                raise PluginError(
+                    f"The gelora plugins {owners[name]!r} and {implementation.plugin_name!r} both register the "
+                    f"{kind} {name!r}. Rename one, or uninstall one of them."
+                )
+            owners[name], known[name] = implementation.plugin_name, function
+    return known

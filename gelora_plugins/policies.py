@@ -1,0 +1,131 @@
+"""Rank policies: (profile, sites, base_rank, config) -> one rank per site. Integers out; no model, no torch."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+
+from gelora_plugins import plugins
+from gelora_plugins.config import GeLoRAConfig
+from gelora_plugins.dimension import DimensionProfile, growth
+from gelora_plugins.errors import DimensionError, PlanError
+from gelora_plugins.ranks import RankPlan, Site
+
+Policy = Callable[[DimensionProfile, Sequence[Site], int, GeLoRAConfig], Sequence[int]]
+
+
+def make_plan(
+    profile: DimensionProfile,
+    config: GeLoRAConfig,
+    sites: Sequence[Site],
+    base_rank: int,
+    *,
+    lora_alpha: float,
+    use_rslora: bool = False,
+) -> RankPlan:
+    """The ranks that `config.policy` gives `sites`, as a plan.
+
+    Raises:
+        ConfigError: the policy does not exist.
+        PlanError: the policy returned something else than one rank of at least 1 per site.
+    """
+    ranks = plugins.find("policy", config.policy)(profile, sites, base_rank, config)
+    if not isinstance(ranks, Iterable):
+        raise PlanError(f"The policy {config.policy!r} returned {ranks!r:.80}; expected one rank per site.")
+    try:
+        return RankPlan(
+            sites=tuple(sites),
+            ranks=tuple(ranks),
+            base_rank=base_rank,
+            lora_alpha=lora_alpha,
+            use_rslora=use_rslora,
+            policy=config.policy,
+            rounding=config.rounding,
+            profile=profile,
+        )
+    except PlanError as error:
+        raise PlanError(f"The policy {config.policy!r} made no usable plan: {error}") from error
+
+
+def needs(profile: DimensionProfile, sites: Sequence[Site]) -> list[float]:
+    """max(d_{i+1} - d_i, 0) + 1 for the block of each site; 1 where boundary i has no dimension.
+
+    GeLoRA, arXiv 2412.09250, the rank before it is made whole.
+    """
+    of_block = dict(zip((block.name for block in profile.layout.blocks), profile.growth(), strict=True))
+    return [_need(of_block[site.name]) for site in sites]
+
+
+def gelora(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, config: GeLoRAConfig) -> list[int]:
+    """Ranks as published: r_i = max(d_{i+1} - d_i, 0) + 1, made whole as `config.rounding` says.
+
+    The paper does not say how it rounds. `base_rank` plays no part.
+    """
+    if config.rounding == "dimensions":
+        whole = [None if e.value is None else _nearest(e.value) for e in profile.estimates]
+        of_block = dict(zip((b.name for b in profile.layout.blocks), growth(whole, profile.layout), strict=True))
+        return [int(_need(of_block[site.name])) for site in sites]
+    return [_ROUND[config.rounding](need) for need in needs(profile, sites)]
+
+
+def budget(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, config: GeLoRAConfig) -> list[int]:
+    """The relative need of `gelora`, fractions kept, within the LoRA parameters that `base_rank` everywhere costs.
+
+    No rank is below 1. What whole ranks leave over goes to the largest remainders, one rank each, where it fits. So no
+    rank is further than 1 from its share, and the cost is exactly the budget where all sites cost the same, else under
+    it by less than one rank of any site that got none.
+    """
+    costs = [site.parameters_per_rank for site in sites]
+    total = base_rank * sum(costs)
+    exact = _proportional([Fraction(need) for need in needs(profile, sites)], costs, total)
+    ranks = [math.floor(share) for share in exact]
+    left = total - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    order = sorted(range(len(sites)), key=lambda i: (ranks[i] - exact[i], i))  # largest remainder first
+    for i in order:
+        if costs[i] <= left:
+            ranks[i] += 1
+            left -= costs[i]
+    return ranks
+
+
+def uniform(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, config: GeLoRAConfig) -> list[int]:
+    """`base_rank` at every site: the control that every comparison needs."""
+    return [base_rank] * len(sites)
+
+
+def _proportional(needs: Sequence[Fraction], costs: Sequence[int], total: int) -> list[Fraction]:
+    """Shares proportional to `needs`, each at least 1, that cost `total` together. Exact arithmetic."""
+    free = set(range(len(needs)))
+    while free:
+        left = total - sum(cost for i, cost in enumerate(costs) if i not in free)
+        factor = Fraction(left) / sum(needs[i] * costs[i] for i in free)
+        below = {i for i in free if needs[i] * factor < 1}
+        if not below:
+            return [needs[i] * factor if i in free else Fraction(1) for i in range(len(needs))]
+        free -= below
+    return [Fraction(1)] * len(needs)
+
+
+def _need(difference: float | None) -> float:
+    return 1.0 if difference is None else max(difference, 0.0) + 1.0
+
+
+def _nearest(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+_ROUND: dict[str, Callable[[float], int]] = {
+    "nearest": _nearest,
+    "ceil": lambda value: math.ceil(value),
+    "floor": lambda value: math.floor(value),
+}
+
+
+def check_dimensions(profile: DimensionProfile) -> None:
+    """Raises DimensionError unless every boundary but those that enter a stack has a dimension."""
+    outputs = {after for _, after in profile.layout.block_boundaries()}
+    for boundary, estimate in enumerate(profile.estimates):
+        if estimate.degenerate and boundary in outputs:
+            raise DimensionError(
+                f"Boundary {boundary} has no dimension: {estimate.degenerate} Measure on more varied data, or choose "
+                "another pooling (pooling is " + repr(profile.pooling) + ")."
+            )

@@ -1,0 +1,194 @@
+"""What was chosen: RankPlan, one rank for the target modules of each block. Needs no torch."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from gelora_plugins import records
+from gelora_plugins.dimension import DimensionProfile
+from gelora_plugins.errors import PlanError
+from gelora_plugins.layout import ModelLayout
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one rank applies: all target modules below the module path `name`.
+
+    `parameters_per_rank` is what one more rank costs there: the sum of inputs and outputs of the target modules.
+    """
+
+    name: str
+    parameters_per_rank: int
+
+    @property
+    def pattern(self) -> str:
+        """Key for PEFT's patterns, which are regexes matched as `(.*\\.)?(KEY)$`: escaped, and anchored at the root."""
+        return f"^{re.escape(self.name)}\\..*"
+
+
+def layout_sites(layout: ModelLayout, is_target: Callable[[str], bool]) -> tuple[Site, ...]:
+    """The blocks of `layout` that have linear maps for which `is_target(module path)` is true."""
+    sites = []
+    for block in layout.blocks:
+        targets = [linear for linear in block.linears if is_target(linear.name)]
+        if targets:
+            sites.append(Site(block.name, sum(linear.in_features + linear.out_features for linear in targets)))
+    return tuple(sites)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One LoRA rank per site, and the scaling that all sites share.
+
+    Attributes:
+        sites, ranks: in the order of the model's blocks.
+        base_rank: `r` of the user's LoRA configuration.
+        lora_alpha: `lora_alpha` of the user's LoRA configuration; with `base_rank` it fixes the scaling,
+            lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA.
+        use_rslora: whether the adapter is rank-stabilised.
+        policy: name of the policy that chose the ranks.
+        rounding: how it made them whole.
+        profile: what the ranks were chosen from.
+    """
+
+    sites: tuple[Site, ...]
+    ranks: tuple[int, ...]
+    base_rank: int
+    lora_alpha: float
+    use_rslora: bool
+    policy: str
+    rounding: str
+    profile: DimensionProfile
+
+    def __post_init__(self) -> None:
+        if len(self.ranks) != len(self.sites) or not self.sites:
+            raise PlanError(f"A plan has {len(self.ranks)} ranks for {len(self.sites)} sites; expected one each.")
+        for site, rank in zip(self.sites, self.ranks, strict=True):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise PlanError(f"The rank of {site.name} is {rank!r}; expected a whole number of at least 1.")
+            if site.parameters_per_rank < 1:
+                raise PlanError(f"One rank of {site.name} costs {site.parameters_per_rank} parameters; expected some.")
+        if len({site.name for site in self.sites}) != len(self.sites):
+            raise PlanError("Two sites of a plan have the same name.")
+        if self.base_rank < 1 or not self.lora_alpha > 0:
+            raise PlanError(f"r is {self.base_rank} and lora_alpha is {self.lora_alpha}; expected positive numbers.")
+        blocks = {block.name for block in self.profile.layout.blocks}
+        unknown = [site.name for site in self.sites if site.name not in blocks]
+        if unknown:
+            raise PlanError(f"The sites {', '.join(unknown)} are not blocks of the profile that the plan came from.")
+
+    def __str__(self) -> str:
+        from gelora_plugins.report import plan_table, render
+
+        return render(plan_table(self))
+
+    @property
+    def num_parameters(self) -> int:
+        """LoRA parameters of all sites with the chosen ranks."""
+        return sum(rank * site.parameters_per_rank for rank, site in zip(self.ranks, self.sites, strict=True))
+
+    @property
+    def num_base_parameters(self) -> int:
+        """LoRA parameters of all sites with `base_rank` everywhere."""
+        return self.base_rank * sum(site.parameters_per_rank for site in self.sites)
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A x, the same at every site."""
+        return self.lora_alpha / (math.sqrt(self.base_rank) if self.use_rslora else self.base_rank)
+
+    def alpha(self, rank: int) -> float:
+        """lora_alpha for a module of `rank` that keeps the scaling; an int where it is whole."""
+        if self.use_rslora:
+            alpha = self.lora_alpha * math.sqrt(rank / self.base_rank)
+        else:
+            alpha = self.lora_alpha * rank / self.base_rank
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    def rank_pattern(self) -> dict[str, int]:
+        """`LoraConfig.rank_pattern`: one anchored, escaped key per site."""
+        return {site.pattern: rank for site, rank in zip(self.sites, self.ranks, strict=True)}
+
+    def alpha_pattern(self) -> dict[str, float]:
+        """`LoraConfig.alpha_pattern`, for the same keys."""
+        return {site.pattern: self.alpha(rank) for site, rank in zip(self.sites, self.ranks, strict=True)}
+
+    def lora_config_kwargs(self) -> dict[str, Any]:
+        """Arguments for `peft.LoraConfig` of a model that has no adapter yet: `LoraConfig(**these, ...)`."""
+        return {
+            "r": self.base_rank,
+            "lora_alpha": self.alpha(self.base_rank),
+            "use_rslora": self.use_rslora,
+            "rank_pattern": self.rank_pattern(),
+            "alpha_pattern": self.alpha_pattern(),
+        }
+
+    def check_sites(self, sites: tuple[Site, ...]) -> None:
+        """Raises PlanError, with the first difference, unless the plan is for exactly these sites."""
+        mine = {site.name: site.parameters_per_rank for site in self.sites}
+        theirs = {site.name: site.parameters_per_rank for site in sites}
+        for name in [*mine, *theirs]:
+            if mine.get(name) != theirs.get(name):
+                raise PlanError(
+                    f"The plan is for another model, or for other target modules: one rank of {name} costs "
+                    f"{mine.get(name, 'nothing')} parameters in the plan and {theirs.get(name, 'nothing')} in the "
+                    "model. Make a plan for this model and these target modules."
+                )
+
+    def check_scaling(self, r: int, lora_alpha: float, use_rslora: bool) -> None:
+        """Raises PlanError unless the plan keeps the scaling of a LoRA configuration with these values.
+
+        Modules outside the plan, and servers that read one global alpha / r, go by the configuration.
+        """
+        theirs = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        if use_rslora != self.use_rslora or not math.isclose(theirs, self.scaling, rel_tol=1e-9):
+            raise PlanError(
+                f"The plan keeps the scaling {self.scaling:g} (r {self.base_rank}, lora_alpha {self.lora_alpha:g}, "
+                f"use_rslora {self.use_rslora}), and the LoRA configuration has {theirs:g} (r {r}, lora_alpha "
+                f"{lora_alpha:g}, use_rslora {use_rslora}). Make the plan again with the configuration's values."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        records.write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote. Raises PlanError, with the path, when the file is missing or damaged."""
+        data = records.read_json(path)
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"{os.fspath(path)} is no usable rank plan: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values, with the schema number."""
+        return {
+            "schema": records.SCHEMA,
+            "kind": "rank_plan",
+            **asdict(self),
+            "profile": self.profile.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Inverse of `to_dict`. Raises PlanError when a value is missing, of the wrong type or out of range."""
+        get = records.reader(data, "plan", kind="rank_plan")
+        return cls(
+            sites=tuple(_site_from_dict(site) for site in get("sites", list)),
+            ranks=tuple(get("ranks", list)),
+            base_rank=get("base_rank", int),
+            lora_alpha=get("lora_alpha", float),
+            use_rslora=get("use_rslora", bool),
+            policy=get("policy", str),
+            rounding=get("rounding", str),
+            profile=DimensionProfile.from_dict(get("profile", dict)),
+        )
+
+
+def _site_from_dict(data: Mapping[str, Any]) -> Site:
+    get = records.reader(data, "site")
+    return Site(get("name", str), get("parameters_per_rank", int))

@@ -1,0 +1,95 @@
+"""Reading and writing the saved records: JSON only, checked on the way in, written whole or not at all."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gelora_plugins.errors import PlanError
+
+SCHEMA = 1
+
+
+def is_number(value: Any) -> bool:
+    """True for an int or float that fits a finite float; JSON as Python reads it has NaN and Infinity too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def reader(data: Any, where: str, kind: str | None = None) -> Callable[..., Any]:
+    """A function `get(key, type, null=False)` that reads `data[key]` and checks its type; `null` allows None.
+
+    Numbers must be finite and, for int, not negative: no record of GeLoRA holds others. Every key must be there,
+    because every record is written with all of them.
+
+    Raises:
+        PlanError: `data` is not a mapping, has another `kind` or an unknown schema; or, from `get`, a missing
+            key or a value of another type.
+    """
+    if not isinstance(data, dict):
+        raise PlanError(f"{where} is a {type(data).__name__}; expected a mapping.")
+    if kind is not None:
+        if data.get("kind") != kind:
+            raise PlanError(f"{where} has kind {data.get('kind')!r}; expected {kind!r}.")
+        if data.get("schema") != SCHEMA:
+            raise PlanError(
+                f"{where} has schema {data.get('schema')!r}; this version of gelora reads schema {SCHEMA}. "
+                "Make it again with this version, or install the version that wrote it."
+            )
+
+    def get(key: str, type_: type, null: bool = False) -> Any:
+        if key not in data:
+            raise PlanError(f"{where}.{key} is missing.")
+        value = data[key]
+        if null and value is None:
+            return None
+        ok = isinstance(value, type_) and not (type_ is not bool and isinstance(value, bool))
+        if type_ is float:
+            ok = is_number(value)
+        elif type_ is int:
+            ok = ok and value >= 0
+        if not ok:
+            raise PlanError(f"{where}.{key} is {value!r:.80}; expected {type_.__name__}.")
+        return float(value) if type_ is float else value
+
+    return get
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file. Raises PlanError, with the path, when it cannot be read or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{os.fspath(path)} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{os.fspath(path)} is not JSON: {error}.") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file whole or not at all: temporary file, fsync, rename."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON; a NaN or an infinity is an error, not a file that nobody else can read."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

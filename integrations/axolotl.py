@@ -1,0 +1,208 @@
+"""GeLoRA in Axolotl: `plugins: [gelora]` (0.21 and later) or `plugins: [gelora_plugins.GeLoRAPlugin]`.
+
+Axolotl 0.21 imports this module on every run of an environment that has gelora installed, so it imports nothing heavy
+of ours, and every hook does nothing unless the configuration names the plugin.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin, PluginManager
+from pydantic import BaseModel, Field, model_validator
+
+from gelora_plugins.config import GeLoRAConfig
+from gelora_plugins.errors import ApplyError, ConfigError, PlanError
+
+if TYPE_CHECKING:
+    from gelora_plugins.integrations.transformers import RankSelection
+    from peft import LoraConfig
+    from transformers import Trainer
+
+    from gelora_plugins.ranks import RankPlan
+
+logger = logging.getLogger(__name__)
+
+SECTION = "gelora"  # of the configuration; also the short name of the plugin
+ADAPTERS = ("lora", "qlora")
+NAMES = (SECTION, "gelora_plugins.GeLoRAPlugin", f"{__name__}.GeLoRAPlugin")
+
+
+class GeLoRAArgs(BaseModel):
+    """What the plugin adds to Axolotl's configuration. Axolotl mixes it into its own model."""
+
+    gelora: dict[str, Any] | None = Field(
+        default=None,
+        json_schema_extra={"description": "Options of GeLoRA, which chooses the LoRA rank of every block."},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_gelora(cls, data: Any) -> Any:
+        """Refuse a bad `gelora` section, and an adapter that has no LoRA ranks, before a model is loaded."""
+        if isinstance(data, Mapping):
+            read_section(data)
+            if data.get("adapter") not in ADAPTERS:
+                raise ConfigError(
+                    f"adapter is {data.get('adapter')!r}, and `plugins` lists gelora, which chooses LoRA ranks; "
+                    f"expected one of: {', '.join(ADAPTERS)}. Set it, or remove gelora from `plugins`."
+                )
+        return data
+
+
+class GeLoRAPlugin(BasePlugin):
+    """Chooses the LoRA ranks from the training data, at the start of training, and applies them.
+
+    Attributes:
+        selection: the ranks of the trainer that was made, to be chosen when it trains.
+        plan: the plan whose ranks the adapter was made with, where the configuration gives one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.selection: RankSelection | None = None
+        self.plan: RankPlan | None = None
+        self._schema: str | None = None
+        # Axolotl 0.21 builds the plugins of the entry-point group before it resolves the configured names, and
+        # resolves a name that is in this dictionary already to what is there. A second GeLoRAPlugin would run every
+        # hook twice, hence a plugin that does nothing. Axolotl 0.19 never looks here.
+        PluginManager().plugins.setdefault(SECTION, BasePlugin())
+
+    def register(self, cfg: Any) -> None:
+        """Called before validation, with the raw configuration: decides whether the section is read at all."""
+        self._schema = f"{__name__}.{GeLoRAArgs.__name__}" if self._serves(cfg) else None
+        if cfg.get(SECTION) is not None and not is_named(cfg):
+            logger.warning(
+                "The configuration has a section `%s`, but `plugins` does not list gelora: all LoRA ranks stay lora_r.",
+                SECTION,
+            )
+
+    def get_input_args(self) -> str | None:
+        """The dotted name of GeLoRAArgs, when the configuration names the plugin."""
+        return self._schema
+
+    def get_lora_config_kwargs(self, cfg: Any) -> dict[str, Any]:
+        """With `gelora: {plan: ...}`, PEFT makes the adapter with the plan's ranks and nothing is resized.
+
+        That is also the way for sharded models (FSDP, DeepSpeed ZeRO-3) and for initialisations such as PiSSA.
+        """
+        if not self._serves(cfg) or cfg.get("lora_model_dir"):
+            return {}
+        config = read_section(cfg)
+        if config.plan is None:
+            return {}
+        from gelora_plugins.adapter import with_plan
+        from gelora_plugins.ranks import RankPlan
+
+        try:
+            plan = RankPlan.load(config.plan)
+            planned = with_plan(lora_config(cfg), plan)
+        except PlanError:
+            if config.on_failure == "raise":
+                raise
+            return {}  # the trainer will say so, when it starts to train
+        self.plan = plan
+        return {"rank_pattern": planned.rank_pattern, "alpha_pattern": planned.alpha_pattern}
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """A plan that cannot be read must not cost the loading of a model."""
+        self.get_lora_config_kwargs(cfg)
+
+    def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
+        """Let the trainer choose its ranks when it starts to train.
+
+        Not earlier: the LoRA kernels have rewritten the attention before this, and a forward pass in between fails
+        (Axolotl 0.21: no attribute 'apply_qkv').
+        """
+        if not self._serves(cfg):
+            return
+        if cfg.get("lora_model_dir"):
+            logger.warning(
+                "GeLoRA is skipped: lora_model_dir is set, and the ranks of an adapter that exists are left as they "
+                "are. Remove lora_model_dir to start a new adapter with chosen ranks."
+            )
+            return
+        from gelora_plugins.integrations.transformers import is_zero3, prepare_trainer
+
+        if self.plan is not None:
+            if not is_zero3(trainer):  # which keeps empty parameters
+                check_built(trainer.model, self.plan, cfg)
+            report_plan(trainer, self.plan)
+            return
+        config = read_section(cfg)
+        if (trainer.is_fsdp_enabled or is_zero3(trainer)) and config.on_failure == "raise":
+            raise ApplyError(
+                "The model will be sharded (FSDP or DeepSpeed ZeRO-3), and its adapter cannot be resized then. Make "
+                "the plan before, in one process: axolotl gelora CONFIG.yml -o plan.json; then set "
+                f"`{SECTION}: {{plan: plan.json}}`. To resume, use gelora/plan.json of the output directory."
+            )
+        self.selection = prepare_trainer(trainer, config)
+
+    def _serves(self, cfg: Any) -> bool:
+        """Whether the configuration names the plugin, and this instance is the one to act.
+
+        Axolotl keeps one instance per name: on 0.21 the entry point's, and another for a longer dotted name.
+        """
+        first = next((p for p in PluginManager().plugins.values() if isinstance(p, GeLoRAPlugin)), self)
+        return first is self and is_named(cfg)
+
+
+def is_named(cfg: Mapping[str, Any]) -> bool:
+    """Whether `plugins` of the configuration lists GeLoRA, under any of its names."""
+    return any(str(name).replace(":", ".") in NAMES for name in cfg.get("plugins") or ())
+
+
+def read_section(cfg: Mapping[str, Any]) -> GeLoRAConfig:
+    """The options in the `gelora` section of an Axolotl configuration.
+
+    Raises:
+        ConfigError: an option does not exist, has a bad value, or names an estimator, pooling or policy that does
+            not exist; the message begins with `gelora.<option>`.
+    """
+    from gelora_plugins import plugins
+
+    section = cfg.get(SECTION)
+    try:
+        config = GeLoRAConfig.from_dict({} if section is None else section, where=SECTION)
+        for kind in ("policy", "estimator", "pooling"):
+            plugins.find(kind, getattr(config, kind))
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(SECTION) else f"{SECTION}.{message}") from None
+    return config
+
+
+def lora_config(cfg: Mapping[str, Any]) -> LoraConfig:
+    """What an Axolotl configuration says of ranks and scaling, without the patterns of a plan."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=cfg["lora_r"],
+        lora_alpha=cfg["lora_alpha"],
+        use_rslora=bool(cfg.get("peft_use_rslora")),
+        rank_pattern=dict(cfg.get("lora_rank_pattern") or {}),
+        alpha_pattern=dict(cfg.get("lora_alpha_pattern") or {}),
+    )
+
+
+def check_built(model: Any, plan: RankPlan, cfg: Mapping[str, Any]) -> None:
+    """Raises PlanError when `plan`, whose patterns the adapter was made with, is for another model."""
+    from gelora_plugins.adapter import require_adapter
+
+    adapter = require_adapter(model)
+    plan.check_sites(replace(adapter, config=lora_config(cfg)).sites(plan.profile.layout))
+
+
+def report_plan(trainer: Trainer, plan: RankPlan) -> None:
+    """Show and save a plan that the adapter was made with."""
+    from gelora_plugins.plugins import plugin_manager
+    from gelora_plugins.report import RankReport
+
+    if trainer.is_world_process_zero():
+        report = RankReport(plan)
+        print(report, flush=True)
+        plugin_manager().hook.write_report(report=report, output_dir=str(Path(trainer.args.output_dir, "gelora")))

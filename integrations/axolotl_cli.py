@@ -1,0 +1,103 @@
+"""`axolotl gelora CONFIG.yml`: the ranks that a training would get, without training.
+
+Apart from the plugin, because `axolotl --help` imports the module of every subcommand: nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gelora_plugins.errors import ApplyError, GeLoRAError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from gelora_plugins.ranks import RankPlan
+
+PLUGIN = "gelora_plugins.GeLoRAPlugin"
+# Axolotl 0.21 overrides the same keys to load a model in one piece when it merges (cli/merge_lora.py).
+UNSHARDED = {"deepspeed": None, "fsdp": None, "fsdp_config": None}
+
+
+@click.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan, for `gelora: {plan: FILE}`.")
+def gelora(config: str, output: str | None) -> None:
+    """Choose LoRA ranks for a config; do not train.
+
+    Loads the model and the data of CONFIG, measures, and prints the plan, also as YAML for a config without the
+    plugin. CONFIG may list gelora in `plugins` or not. Nothing is written to its output directory.
+    """
+    from gelora_plugins.report import RankReport
+
+    try:
+        plan, written = choose(config)
+    except GeLoRAError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(RankReport(plan))
+    if output is not None:
+        plan.save(output)
+        click.echo(f"To train with these ranks and measure nothing:\n\ngelora:\n  plan: {output}\n")
+    click.echo(patterns_yaml(plan, written))
+
+
+def choose(config: str) -> tuple[RankPlan, LoraConfig]:
+    """The plan that training with the configuration would choose, and what that says of ranks already.
+
+    Raises:
+        GeLoRAError: no ranks can be chosen.
+    """
+    import yaml
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets, load_preference_datasets
+    from axolotl.integrations.base import PluginManager
+    from axolotl.train import setup_model_and_trainer
+    from gelora_plugins.integrations.axolotl import GeLoRAPlugin, is_named, lora_config
+
+    written = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    plugins = list(written.get("plugins") or [])
+    if not is_named(written):
+        plugins.append(PLUGIN)
+    with tempfile.TemporaryDirectory() as output_dir:  # load_cfg writes a log there, and Axolotl more
+        cfg = load_cfg(config, plugins=plugins, output_dir=output_dir, **UNSHARDED)
+        if cfg.lora_model_dir:
+            raise ApplyError(
+                "lora_model_dir is set: an adapter that exists keeps its ranks. Remove it to choose ranks."
+            )
+        manager = PluginManager.get_instance()
+        dataset = manager.load_datasets(cfg, preprocess=False)
+        if dataset is None:
+            dataset = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
+        setup_model_and_trainer(cfg, dataset)
+        plugin = next(p for p in manager.plugins.values() if isinstance(p, GeLoRAPlugin))
+        plan = plugin.plan or plugin.selection.choose()
+    return plan, lora_config(cfg)
+
+
+def patterns_yaml(plan: RankPlan, config: LoraConfig) -> str:
+    """`lora_rank_pattern` and `lora_alpha_pattern` for an Axolotl configuration; the user's own stay in force.
+
+    Axolotl 0.19 and 0.21 take whole numbers only in both.
+    """
+    import yaml
+
+    from gelora_plugins.adapter import with_plan
+
+    planned = with_plan(config, plan)
+    if not all(isinstance(alpha, int) for alpha in planned.alpha_pattern.values()):
+        return (
+            "These ranks cannot be written as lora_alpha_pattern: Axolotl takes whole numbers there, and the scaling "
+            f"{plan.scaling:g} needs others. Save the plan with -o plan.json and set `gelora: {{plan: plan.json}}`, or "
+            "make lora_alpha a multiple of lora_r."
+        )
+    keys = {
+        "lora_r": planned.r,
+        "lora_alpha": planned.lora_alpha,
+        "lora_rank_pattern": planned.rank_pattern,
+        "lora_alpha_pattern": planned.alpha_pattern,
+    }
+    return "The same ranks without the plugin:\n\n" + yaml.safe_dump(keys, sort_keys=False, width=1000)

@@ -1,0 +1,193 @@
+"""The configuration, through Axolotl's own loader, in this process."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from harness import DOTTED, HAS_ENTRY_POINTS, PLUGIN
+
+from tests.plans import make_plan
+
+NAMES = [DOTTED, "gelora_plugins.integrations.axolotl.GeLoRAPlugin"] + (["gelora"] if HAS_ENTRY_POINTS else [])
+
+
+@pytest.fixture
+def manager(monkeypatch):
+    """Axolotl's plugin manager, empty as at the start of a process."""
+    from axolotl.integrations.base import PluginManager
+
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    return PluginManager
+
+
+@pytest.fixture
+def load(workplace, manager, tmp_path, monkeypatch):
+    """Load a configuration with changes."""
+    from axolotl.cli.config import load_cfg
+
+    monkeypatch.chdir(tmp_path)
+
+    def load(**changes):
+        return load_cfg(str(workplace.write("loaded", output_dir=str(tmp_path / "out"), **changes)))
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gelora": {"polcy": "budget"}}, "gelora.polcy is not an option. Did you mean gelora.policy?"),
+        ({"gelora": {"probe_samples": 0}}, "gelora.probe_samples is 0; expected"),
+        ({"gelora": {"probe_samples": "many"}}, "gelora.probe_samples is 'many'; expected"),
+        ({"gelora": {"policy": "bugdet"}}, "gelora.policy 'bugdet' does not exist; there are: budget, gelora"),
+        ({"gelora": {"pooling": "median"}}, "gelora.pooling 'median' does not exist"),
+        ({"gelora": {"on_failure": "ignore"}}, "gelora.on_failure is 'ignore'; expected one of: raise, keep"),
+        ({"gelora": "budget"}, "gelora is 'budget'; expected a mapping"),
+        ({"gelora": ["budget"]}, "gelora is ['budget']; expected a mapping"),
+        ({"adapter": None}, "adapter is None, and `plugins` lists gelora, which chooses LoRA ranks; expected one of"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_name_the_key(load, name, changes, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (pydantic's ValidationError)
+        load(plugins=[name], **changes)
+    assert message in str(error.value)
+
+
+def test_a_section_that_is_right_is_kept(load):
+    cfg = load(gelora={"policy": "budget", "probe_samples": 96})
+    assert cfg.gelora == {"policy": "budget", "probe_samples": 96}
+
+
+@pytest.mark.parametrize("section", [None, {}])
+def test_no_section_means_the_defaults(load, section):
+    from gelora_plugins.integrations.axolotl import read_section
+
+    from gelora_plugins import GeLoRAConfig
+
+    assert read_section(load(gelora=section)) == GeLoRAConfig()
+
+
+@pytest.mark.parametrize("plugins", [[name] for name in NAMES] + [NAMES])
+def test_one_instance_serves_under_any_name(load, manager, plugins):
+    from gelora_plugins.integrations.axolotl import GeLoRAPlugin
+
+    cfg = load(plugins=plugins)
+    ours = [plugin for plugin in manager().plugins.values() if isinstance(plugin, GeLoRAPlugin)]
+    assert [plugin._serves(cfg) for plugin in ours].count(True) == 1
+    assert len([plugin for plugin in ours if plugin.get_input_args() is not None]) == 1
+
+
+def test_the_alias_does_nothing(load, manager):
+    from axolotl.integrations.base import BasePlugin
+
+    load(plugins=[DOTTED])
+    assert type(manager().plugins["gelora"]) is BasePlugin
+
+
+def test_not_named_means_nothing_is_done(load, manager, caplog):
+    from gelora_plugins import GeLoRAPlugin
+
+    cfg = load(plugins=None, gelora=None, adapter=None)
+    assert "gelora" not in cfg
+    loaded = [plugin for plugin in manager.get_instance().plugins.values() if isinstance(plugin, GeLoRAPlugin)]
+    assert len(loaded) == HAS_ENTRY_POINTS
+    for plugin in loaded or [GeLoRAPlugin()]:
+        plugin.register(cfg)
+        assert plugin.get_input_args() is None
+        assert plugin.get_lora_config_kwargs(cfg) == {}
+        plugin.pre_model_load(cfg)
+        plugin.post_trainer_create(cfg, trainer=None)
+        assert plugin.selection is None
+    assert not [record for record in caplog.records if record.name.startswith("gelora_plugins")]
+
+
+def test_a_section_without_the_plugin_is_pointed_out(manager, caplog):
+    from gelora_plugins import GeLoRAPlugin
+
+    GeLoRAPlugin().register({"gelora": {"policy": "budget"}})
+    assert "`plugins` does not list gelora: all LoRA ranks stay lora_r" in caplog.text
+
+
+def test_a_missing_plan_stops_before_the_model_is_loaded(load, manager):
+    from gelora_plugins.errors import PlanError
+
+    cfg = load(gelora={"plan": "missing.json"})
+    with pytest.raises(PlanError, match=r"missing\.json cannot be read"):
+        manager.get_instance().pre_model_load(cfg)
+    manager.get_instance().pre_model_load(load(gelora={"plan": "missing.json", "on_failure": "keep"}))
+
+
+def test_the_users_own_patterns_stay_in_force(load, manager, tmp_path):
+    """The first pattern that matches a module wins in PEFT, and a saved adapter has them in another order."""
+    from gelora_plugins.integrations.axolotl import lora_config
+    from gelora_plugins.integrations.axolotl_cli import patterns_yaml
+    from peft.utils.other import get_pattern_key
+
+    plan = make_plan()
+    plan.save(tmp_path / "plan.json")
+    cfg = load(gelora={"plan": "plan.json"}, lora_rank_pattern={"q": 3}, lora_alpha_pattern={"q": 6})
+    kwargs = manager.get_instance().get_lora_config_kwargs(cfg)
+    for name, rank in ((linear.name, rank) for linear, rank in linears_and_ranks(plan)):
+        for pattern, theirs, planned in (("rank", 3, rank), ("alpha", 6, plan.alpha(rank))):
+            patterns = dict(sorted(kwargs[f"{pattern}_pattern"].items()))
+            assert patterns[get_pattern_key(patterns, name)] == (theirs if name.endswith(".q") else planned)
+    printed = yaml.safe_load(patterns_yaml(plan, lora_config(cfg)).split("\n\n", 1)[1])
+    assert printed["lora_rank_pattern"] == kwargs["rank_pattern"]
+    assert load(plugins=None, gelora=None, **printed).lora_alpha_pattern == kwargs["alpha_pattern"]
+
+
+def linears_and_ranks(plan):
+    for block, rank in zip(plan.profile.layout.blocks, plan.ranks, strict=True):
+        assert any(linear.name.endswith(".q") for linear in block.linears)
+        for linear in block.linears:
+            yield linear, rank
+
+
+def test_a_plan_with_another_scaling_stops_before_the_model_is_loaded(load, manager, tmp_path):
+    from gelora_plugins.errors import PlanError
+
+    make_plan().save(tmp_path / "plan.json")
+    cfg = load(gelora={"plan": "plan.json"}, lora_alpha=32)
+    with pytest.raises(PlanError, match="keeps the scaling 2"):
+        manager.get_instance().pre_model_load(cfg)
+
+
+def test_scalings_that_axolotl_cannot_write_are_said_to_be_so():
+    from gelora_plugins.integrations.axolotl_cli import patterns_yaml
+    from peft import LoraConfig
+
+    message = patterns_yaml(make_plan(lora_alpha=3), LoraConfig(r=8, lora_alpha=3))
+    assert "Axolotl takes whole numbers there" in message
+    assert "gelora: {plan: plan.json}" in message
+
+
+def test_importing_the_plugin_imports_nothing_heavy_of_ours():
+    code = (
+        "import axolotl.integrations.base, sys\n"
+        "before = set(sys.modules)\n"
+        "import gelora_plugins; gelora_plugins.GeLoRAPlugin(); import gelora_plugins.integrations.axolotl_cli\n"
+        "print(*sorted(m for m in set(sys.modules) - before if not m.startswith('gelora_plugins')))\n"
+        "print(*sorted(m for m in sys.modules if m.startswith('gelora_plugins')))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    theirs, ours = (set(line.split()) for line in out[-2:])
+    assert ours <= {
+        "gelora_plugins",
+        "gelora_plugins.config",
+        "gelora_plugins.errors",
+        "gelora_plugins.integrations",
+        "gelora_plugins.integrations.axolotl",
+        "gelora_plugins.integrations.axolotl_cli",
+    }
+    assert not {name.partition(".")[0] for name in theirs} & {"torch", "transformers", "peft", "pluggy", "scipy"}
+
+
+def test_the_entry_points_are_the_documented_names():
+    from importlib.metadata import distribution
+
+    points = {(point.group, point.name): point for point in distribution("gelora").entry_points}
+    assert points["axolotl.plugins", "gelora"].value.replace(":", ".") == DOTTED
+    assert points["axolotl.cli_commands", "gelora"].load().name == "gelora"
+    assert PLUGIN in NAMES

@@ -1,0 +1,63 @@
+"""Profiles, sites and plans with chosen numbers, for tests of what is done with them."""
+
+from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
+from gelora_plugins.layout import Block, Linear, ModelLayout
+from gelora_plugins.ranks import RankPlan, Site
+
+SST2 = (15.0, 17.2, 17.8, 17.4, 17.8, 19.1, 16.2)  # all-MiniLM-L6, mean pooling, 2000 training rows
+
+
+def make_profile(*stacks):
+    """A profile with these dimensions, one sequence per stack; None is a boundary without a dimension."""
+    names = ["model.layers"] if len(stacks) == 1 else ["encoder.block", "decoder.block"]
+    layout = ModelLayout(
+        model_type="test",
+        backbone="model",
+        stacks=tuple(
+            tuple(
+                Block(f"{name}.{i}", (Linear(f"{name}.{i}.q", 8, 8), Linear(f"{name}.{i}.up", 8, 32)))
+                for i in range(len(dimensions) - 1)
+            )
+            for name, dimensions in zip(names, stacks, strict=True)
+        ),
+    )
+    return DimensionProfile(
+        layout=layout,
+        estimates=tuple(_estimate(value) for dimensions in stacks for value in dimensions),
+        estimator="twonn_mle",
+        pooling="mean",
+        seed=0,
+        num_documents=1000,
+        num_repeated_inputs=3,
+        num_repeated_points=2,
+        num_tokens=50_000,
+        seconds=1.5,
+        data_fingerprint="0" * 64,
+    )
+
+
+def make_sites(profile, costs=None):
+    """One site per block, with these costs of one rank; 56 each if not given."""
+    blocks = profile.layout.blocks
+    return tuple(Site(block.name, cost) for block, cost in zip(blocks, costs or [56] * len(blocks), strict=True))
+
+
+def make_plan(dimensions=SST2, ranks=(3, 2, 1, 2, 2, 1), base_rank=8, lora_alpha=16, use_rslora=False):
+    """A plan with these ranks, all its records filled."""
+    profile = make_profile(dimensions)
+    return RankPlan(
+        sites=make_sites(profile),
+        ranks=tuple(ranks),
+        base_rank=base_rank,
+        lora_alpha=lora_alpha,
+        use_rslora=use_rslora,
+        policy="gelora",
+        rounding="dimensions",
+        profile=profile,
+    )
+
+
+def _estimate(value):
+    if value is None:
+        return DimensionEstimate(value=None, num_points=1, degenerate="only 1 of 998 points are distinct.")
+    return DimensionEstimate(value=value, num_points=998, std_error=value / 30, interval=(0.9 * value, 1.1 * value))

@@ -1,0 +1,400 @@
+import json
+import math
+import os
+import stat
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from gelora_plugins import records
+from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
+from gelora_plugins.errors import GeLoRAError, PlanError
+from gelora_plugins.ranks import RankPlan, Site
+from tests.plans import SST2, make_plan, make_profile, make_sites
+
+PLAN = make_plan(dimensions=(None, *SST2[1:]))
+
+
+def as_json(plan):
+    return json.loads(json.dumps(plan.to_dict()))
+
+
+def damaged(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PlanError) as caught:
+        RankPlan.load(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def changed(path, value):
+    """PLAN as JSON values, with `value` at `path`."""
+    data = as_json(PLAN)
+    *way, last = path
+    inner = data
+    for step in way:
+        inner = inner[step]
+    inner[last] = value
+    return data
+
+
+# --- round trips
+
+
+@pytest.mark.parametrize("dimensions", [SST2, (None, *SST2[1:])])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_plan_survives_json_and_a_file(tmp_path, dimensions, use_rslora):
+    plan = make_plan(dimensions, use_rslora=use_rslora, lora_alpha=12.5)
+    path = tmp_path / "below" / "plan.json"
+    plan.save(path)
+    assert RankPlan.load(path) == plan
+    assert RankPlan.from_dict(as_json(plan)) == plan
+
+
+def test_a_profile_survives_json():
+    for profile in (make_profile(SST2), make_profile([None, 3.0], [4.0, 5.5, 1e-3])):
+        assert DimensionProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+def test_an_estimate_without_an_interval_survives_json():
+    profile = make_profile([3.0, 4.0])
+    profile = replace(profile, estimates=(DimensionEstimate(3.0, 100), DimensionEstimate(4.0, 100, std_error=0.5)))
+    assert DimensionProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+# --- patterns and scaling
+
+
+def test_patterns_match_a_block_and_no_other_as_peft_matches():
+    dimensions = [10.0 + i for i in range(13)]
+    plan = make_plan(dimensions, ranks=range(1, 13))
+    pattern = plan.rank_pattern()
+    for i in range(12):
+        for target in ("self_attn.q_proj", "mlp.down_proj"):
+            key = get_pattern_key(pattern, f"model.layers.{i}.{target}")
+            assert pattern[key] == i + 1
+    for other in ("model.layers.12.mlp.up_proj", "lm_head", "vision.model.layers.1.mlp.up_proj", "model.layers.1"):
+        assert get_pattern_key(pattern, other) == other
+
+
+def test_patterns_are_escaped():
+    key = Site("model.layers.1", 1).pattern
+    assert get_pattern_key([key], "model.layers.1.q") == key
+    assert get_pattern_key([key], "modelxlayers.1.q") == "modelxlayers.1.q"
+    assert get_pattern_key([key], "model.layersx1.q") == "model.layersx1.q"
+    odd = Site("h[0].(a|b)+c$", 1).pattern
+    assert get_pattern_key([odd], "h[0].(a|b)+c$.q") == odd
+
+
+def test_rank_and_alpha_patterns_have_the_same_keys_in_the_order_of_the_blocks():
+    plan = make_plan()
+    assert list(plan.rank_pattern()) == list(plan.alpha_pattern()) == [site.pattern for site in plan.sites]
+    assert list(plan.rank_pattern().values()) == list(plan.ranks)
+
+
+@pytest.mark.parametrize("base_rank", [1, 3, 8, 25])
+@pytest.mark.parametrize("lora_alpha", [1, 16, 12.5])
+def test_the_scaling_is_one_constant(base_rank, lora_alpha):
+    plan = make_plan(ranks=(1, 2, 3, 7, 25, 64), base_rank=base_rank, lora_alpha=lora_alpha)
+    assert plan.scaling == lora_alpha / base_rank
+    for rank, alpha in zip(plan.ranks, plan.alpha_pattern().values(), strict=True):
+        assert alpha / rank == pytest.approx(plan.scaling, rel=1e-15)
+
+
+@pytest.mark.parametrize("base_rank", [1, 3, 8, 25])
+def test_the_scaling_is_one_constant_with_rslora(base_rank):
+    plan = make_plan(ranks=(1, 2, 3, 7, 25, 64), base_rank=base_rank, use_rslora=True)
+    assert plan.scaling == 16 / math.sqrt(base_rank)
+    for rank, alpha in zip(plan.ranks, plan.alpha_pattern().values(), strict=True):
+        assert alpha / math.sqrt(rank) == pytest.approx(plan.scaling, rel=1e-15)
+
+
+def test_alpha_is_an_int_wherever_it_is_whole():
+    for base_rank in range(1, 65):
+        plan = make_plan(base_rank=base_rank, lora_alpha=2 * base_rank)
+        assert all(isinstance(plan.alpha(rank), int) and plan.alpha(rank) == 2 * rank for rank in range(1, 129))
+    assert make_plan(base_rank=8, lora_alpha=1).alpha(3) == 0.375
+
+
+def test_the_arguments_for_peft_keep_the_users_own_values():
+    arguments = make_plan(base_rank=25, lora_alpha=50, use_rslora=True).lora_config_kwargs()
+    assert (arguments["r"], arguments["lora_alpha"], arguments["use_rslora"]) == (25, 50, True)
+    assert isinstance(arguments["lora_alpha"], int)
+
+
+def test_parameters_are_counted_by_rank_and_cost():
+    plan = replace(make_plan(), sites=make_sites(make_profile(SST2), [1, 10, 100, 1000, 10_000, 100_000]))
+    assert plan.num_parameters == 122_123
+    assert plan.num_base_parameters == 8 * 111_111
+
+
+# --- plans that cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": (1, 2)}, "2 ranks for 6 sites"),
+        ({"ranks": (1, 2, 3, 4, 5, 0)}, "rank of model.layers.5 is 0; expected a whole number of at least 1"),
+        ({"ranks": (), "sites": ()}, "0 ranks for 0 sites"),
+        ({"base_rank": 0}, "r is 0 and lora_alpha is 16"),
+        ({"lora_alpha": 0}, "r is 8 and lora_alpha is 0"),
+        ({"lora_alpha": math.nan}, "r is 8 and lora_alpha is nan"),
+        ({"sites": (Site("model.layers.0", 56),) * 6}, "Two sites of a plan have the same name"),
+        ({"sites": tuple(Site(f"h.{i}", 56) for i in range(6))}, r"The sites h\.0, .*h\.5 are not blocks"),
+        ({"sites": tuple(Site(f"model.layers.{i}", 0) for i in range(6))}, "One rank of model.layers.0 costs 0"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_cannot_be_made(changes, message):
+    with pytest.raises(PlanError, match=message):
+        replace(make_plan(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"value": None}, "either a value or the reason"),
+        ({"value": 3.0, "degenerate": "few."}, "either a value or the reason"),
+        ({"value": 0.0}, r"intrinsic dimension of 0\.0 was found; expected a positive finite number"),
+        ({"value": -1.0}, r"intrinsic dimension of -1\.0"),
+        ({"value": math.nan}, "intrinsic dimension of nan"),
+        ({"value": math.inf}, "intrinsic dimension of inf"),
+        ({"value": 3.0, "interval": (4.0, 2.0)}, r"interval \(4\.0, 2\.0\) is not"),
+        ({"value": 3.0, "interval": (math.nan, 2.0)}, r"interval \(nan, 2\.0\) is not"),
+    ],
+)
+def test_an_estimate_that_contradicts_itself_cannot_be_made(arguments, message):
+    with pytest.raises(PlanError, match=message):
+        DimensionEstimate(num_points=100, **arguments)
+
+
+def test_a_profile_has_one_estimate_per_boundary():
+    with pytest.raises(PlanError, match="6 dimensions for a model of 7 block boundaries"):
+        replace(make_profile(SST2), estimates=make_profile(SST2[1:]).estimates)
+
+
+# --- check_sites
+
+
+def test_a_plan_fits_its_own_sites_in_any_order():
+    plan = make_plan()
+    plan.check_sites(plan.sites)
+    plan.check_sites(plan.sites[::-1])
+
+
+@pytest.mark.parametrize(
+    ("sites", "difference"),
+    [
+        (
+            make_sites(make_profile(SST2), [56, 64, 56, 56, 56, 56]),
+            "model.layers.1 costs 56 parameters in the plan and 64",
+        ),
+        (make_plan().sites[:5], "model.layers.5 costs 56 parameters in the plan and nothing"),
+        ((*make_plan().sites, Site("model.layers.6", 9)), "model.layers.6 costs nothing parameters in the plan and 9"),
+    ],
+)
+def test_a_plan_for_other_sites_says_the_first_difference(sites, difference):
+    with pytest.raises(PlanError) as caught:
+        make_plan().check_sites(sites)
+    assert str(caught.value) == (
+        f"The plan is for another model, or for other target modules: one rank of {difference} in the model. "
+        "Make a plan for this model and these target modules."
+    )
+
+
+# --- damaged files
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(PlanError, match=r"nowhere\.json cannot be read: No such file or directory\."):
+        RankPlan.load(tmp_path / "nowhere.json")
+
+
+def test_a_directory(tmp_path):
+    with pytest.raises(PlanError, match="cannot be read: Is a directory"):
+        RankPlan.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "ranks: [1, 2]\n", b"\xff\xfe\x00", b"\x80\x04K\x01.", "[" * 100_000])
+def test_what_is_not_json(tmp_path, text):
+    assert "is not JSON" in damaged(tmp_path, text)
+
+
+def test_a_truncated_file_at_every_length(tmp_path):
+    text = json.dumps(PLAN.to_dict())
+    for length in range(0, len(text), 97):
+        assert "is not JSON" in damaged(tmp_path, text[:length])
+
+
+def test_a_file_that_is_nested_deeply_where_a_number_belongs(tmp_path):
+    nested = json.loads("[" * 500 + "]" * 500)
+    message = damaged(tmp_path, json.dumps(changed(["base_rank"], nested)))
+    assert "plan.base_rank is [[[" in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["schema"], 2, "plan has schema 2; this version of gelora reads schema 1. Make it again"),
+        (["schema"], None, "plan has schema None; this version of gelora reads schema 1"),
+        (["kind"], "dimension_profile", "plan has kind 'dimension_profile'; expected 'rank_plan'"),
+        (["profile", "kind"], "rank_plan", "profile has kind 'rank_plan'; expected 'dimension_profile'"),
+        (["profile", "schema"], "1", "profile has schema '1'"),
+        (["ranks", 2], -1, "The rank of model.layers.2 is -1; expected a whole number of at least 1"),
+        (["ranks", 2], True, "The rank of model.layers.2 is True"),
+        (["ranks", 2], 1.0, "The rank of model.layers.2 is 1.0"),
+        (["ranks", 2], "1", "The rank of model.layers.2 is '1'"),
+        (["ranks"], 3, "plan.ranks is 3; expected list"),
+        (["ranks"], [1], "1 ranks for 6 sites"),
+        (["base_rank"], True, "plan.base_rank is True; expected int"),
+        (["base_rank"], -8, "plan.base_rank is -8; expected int"),
+        (["lora_alpha"], math.nan, "plan.lora_alpha is nan; expected float"),
+        (["lora_alpha"], math.inf, "plan.lora_alpha is inf; expected float"),
+        (["lora_alpha"], 10**400, "plan.lora_alpha is 10000"),
+        (["lora_alpha"], False, "plan.lora_alpha is False; expected float"),
+        (["use_rslora"], 1, "plan.use_rslora is 1; expected bool"),
+        (["policy"], None, "plan.policy is None; expected str"),
+        (["sites", 0], "model.layers.0", "site is a str; expected a mapping"),
+        (["sites", 0, "name"], "model.layers.9", "The sites model.layers.9 are not blocks"),
+        (["sites", 0, "parameters_per_rank"], 1.5, "site.parameters_per_rank is 1.5; expected int"),
+        (["profile"], [], "plan.profile is []; expected dict"),
+        (["profile", "seconds"], math.nan, "profile.seconds is nan; expected float"),
+        (["profile", "num_tokens"], -1, "profile.num_tokens is -1; expected int"),
+        (["profile", "estimates"], [], "0 dimensions for a model of 7 block boundaries"),
+        (["profile", "estimates", 1, "value"], math.nan, "estimate.value is nan; expected float"),
+        (["profile", "estimates", 1, "value"], -2.0, "intrinsic dimension of -2.0 was found"),
+        (["profile", "estimates", 1, "value"], None, "either a value or the reason why there is none"),
+        (["profile", "estimates", 1, "interval"], [1.0], "estimate.interval is [1.0]; expected two numbers"),
+        (["profile", "estimates", 1, "interval"], [1.0, None], "estimate.interval is [1.0, None]"),
+        (["profile", "estimates", 1, "interval"], [2.0, 1.0], "The interval (2.0, 1.0) is not (low, high)"),
+        (["profile", "layout", "stacks"], [], "needs at least one block in every stack"),
+        (["profile", "layout", "stacks", 0, 0], 7, "block is a int; expected a mapping"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, path, value, message):
+    text = damaged(tmp_path, json.dumps(changed(path, value)))
+    assert "is no usable rank plan: " in text
+    assert message in text
+
+
+@pytest.mark.parametrize("value", [[], "plan", 3, None])
+def test_json_that_is_no_mapping(tmp_path, value):
+    assert f"plan is a {type(value).__name__}; expected a mapping" in damaged(tmp_path, json.dumps(value))
+
+
+@pytest.mark.parametrize("key", [key for key in PLAN.to_dict() if key not in ("schema", "kind")])
+def test_a_missing_key_is_named(key):
+    data = as_json(PLAN)
+    del data[key]
+    with pytest.raises(PlanError, match=rf"plan\.{key} is missing\."):
+        RankPlan.from_dict(data)
+
+
+# --- any damage at all
+
+
+def leaves(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from leaves(inner, (*path, key))
+    if path and not isinstance(value, dict):
+        yield path
+
+
+def mapping_keys(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        if isinstance(value, dict):
+            yield (*path, key)
+        yield from mapping_keys(inner, (*path, key))
+
+
+# Beyond 2^53 a whole number is not kept by a float, and so would not come back as it was.
+whole = st.integers(-(2**53), 2**53) | st.just(10**400)
+values = st.recursive(
+    st.none() | st.booleans() | whole | st.floats() | st.text(max_size=5) | st.sampled_from(["rank_plan", ""]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(path=st.sampled_from(list(leaves(as_json(PLAN)))), value=values)
+def test_a_plan_with_any_one_value_changed_is_read_as_it_stands_or_refused(path, value):
+    data = changed(path, value)
+    before = deepcopy(data)
+    try:
+        plan = RankPlan.from_dict(data)
+    except GeLoRAError:
+        pass
+    else:
+        assert as_json(plan) == data
+    assert repr(data) == repr(before)  # NaN equals nothing
+
+
+@pytest.mark.parametrize("path", list(mapping_keys(as_json(PLAN))), ids=lambda path: ".".join(map(str, path)))
+def test_a_plan_with_any_one_key_missing_is_refused(path):
+    data = as_json(PLAN)
+    *way, last = path
+    inner = data
+    for step in way:
+        inner = inner[step]
+    del inner[last]
+    with pytest.raises(PlanError, match=last):
+        RankPlan.from_dict(data)
+
+
+# --- writing
+
+
+@pytest.mark.parametrize("function", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, error):
+    path = tmp_path / "plan.json"
+    make_plan().save(path)
+    before = path.read_bytes()
+
+    def fail(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(type(error)):
+        make_plan(ranks=(9,) * 6).save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+@pytest.mark.parametrize("value", [math.nan, {"a": [math.inf]}, {"a": object()}])
+def test_what_json_cannot_say_is_not_written(tmp_path, value):
+    path = tmp_path / "value.json"
+    with pytest.raises((ValueError, TypeError)):
+        records.write_json(path, value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_write_replaces_the_old_file(tmp_path):
+    path = tmp_path / "plan.json"
+    make_plan().save(path)
+    other = make_plan(ranks=(9,) * 6)
+    other.save(path)
+    assert RankPlan.load(path) == other
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_written_file_has_the_rights_that_the_user_gives_new_files(tmp_path, mask, mode):
+    old = os.umask(mask)
+    try:
+        make_plan().save(tmp_path / "plan.json")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "plan.json").stat().st_mode) == mode
