@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
+import torch
 from gelora_plugins import GeLoRACallback, GeLoRAConfig
 from tests.training import Watch, matrices, peft_model, ranks_by_block, trainer_for
 
@@ -30,6 +31,8 @@ found = {
     "digests": {name: value.double().sum().item() for name, value in after.items()},
 }
 (directory / f"found-{rank}.json").write_text(json.dumps(found))
+torch.distributed.barrier()  # gloo aborts a process (torch 2.13) whose peer is gone while its threads still run
+torch.distributed.destroy_process_group()
 """
 
 
