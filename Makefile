@@ -25,14 +25,14 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that spin while they wait make a machine with other work on it several times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test unit integration e2e axolotl-0.19 axolotl-0.21 lint type clean
+.PHONY: demo test unit integration faults e2e axolotl-0.19 axolotl-0.21 lint type clean
 demo: $(MAIN)/.ready
 	$(BIN)/gelora demo
 
 # Every environment that this machine has a Python for; ALL=1 makes a missing one an error. The last lines say what ran.
 test: lint type
 	@: > $(RAN)
-	$(MAKE) unit integration e2e
+	$(MAKE) unit integration faults e2e
 	@$(BIN)/python -c "$$SAY" "newest transformers, peft and trl" >> $(RAN)
 	$(if $(PYTHON_AXOLOTL_019),$(MAKE) axolotl-0.19,$(call missing,3.11,axolotl 0.19))
 	$(if $(PYTHON_AXOLOTL_021),$(MAKE) axolotl-0.21,$(call missing,3.12 or 3.13,axolotl 0.21))
@@ -51,6 +51,9 @@ unit: $(MAIN)/.ready
 
 integration: $(MAIN)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration
+
+faults: $(MAIN)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 e2e: $(MAIN)/.ready
 	OMP_NUM_THREADS=$(CORES) $(BIN)/python -m pytest tests/e2e

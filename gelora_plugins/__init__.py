@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gelora_plugins.integrations.transformers import GeLoRACallback, prepare_trainer
     from gelora_plugins.integrations.trl import GeLoRASFTTrainer
     from gelora_plugins.layout import Block, Linear, ModelLayout
+    from gelora_plugins.lora_config import with_plan
     from gelora_plugins.pipeline import measure, select_ranks
     from gelora_plugins.ranks import RankPlan, Site
     from gelora_plugins.report import RankReport
@@ -37,6 +38,7 @@ _HOME = {
     "measure": "pipeline",
     "prepare_trainer": "integrations.transformers",
     "select_ranks": "pipeline",
+    "with_plan": "lora_config",
 }
 __all__ = [
     "AppliedPlan",
@@ -58,6 +60,7 @@ __all__ = [
     "measure",
     "prepare_trainer",
     "select_ranks",
+    "with_plan",
 ]
 
 

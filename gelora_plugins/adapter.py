@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import copy
-import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from gelora_plugins.errors import ApplyError, LayoutError
 from gelora_plugins.features import cuda_devices
 from gelora_plugins.layout import ModelLayout, unwrap
-from gelora_plugins.ranks import RankPlan, Site, layout_sites
+from gelora_plugins.lora_config import matches_pattern, with_patterns, with_plan
+from gelora_plugins.ranks import RankPlan, Site
 
 # PEFT 0.21: every other `init_lora_weights` reads or rewrites the base weight, a second time if run again, or
-# (False) makes lora_B random, so that a fresh adapter cannot be told from a trained one.
-IN_PLACE_INITS = (True, "gaussian", "orthogonal")
+# (False, "orthogonal") makes lora_B other than 0, so that a fresh adapter cannot be told from a trained one.
+IN_PLACE_INITS = (True, "gaussian")
+# PEFT 0.21: KaSA truncates the base weight whenever a layer is made, BD-LoRA goes by a name that `update_layer` is not
+# given, Arrow holds other adapters.
+NOT_IN_PLACE = ("kasa_config", "use_bdlora", "arrow_config")
 CONFIG_ROUTE = (
     "Choose the ranks before the adapter is made: plan = select_ranks(model, rows, lora_config=config), then "
-    "dataclasses.replace(config, **plan.lora_config_kwargs()), or GeLoRACallback(lora_config=config) on the model "
-    "without an adapter."
+    "get_peft_model(model, with_plan(config, plan)) with gelora_plugins.lora_config.with_plan, or "
+    "GeLoRACallback(lora_config=config) on the model without an adapter."
 )
 
 
 @dataclass(frozen=True)
 class AppliedPlan:
-    """What was changed: rank of every target module in the plan's blocks, and the modules made anew."""
+    """What was changed.
+
+    Attributes:
+        ranks: rank of every target module that the plan, or the checkpoint, decides.
+        changed: the modules made anew, whose rank is another than before.
+        kept: the other target modules, which keep the ranks of the user's LoRA configuration: those that its
+            `rank_pattern` or `alpha_pattern` names, and those outside the blocks.
+    """
 
     ranks: dict[str, int]
     changed: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+    def notes(self) -> tuple[str, ...]:
+        """Which modules the plan had no say in, where there are some."""
+        if not self.kept:
+            return ()
+        shown = ", ".join(self.kept[:3]) + (", ..." if len(self.kept) > 3 else "")
+        return (
+            f"{len(self.kept)} target modules keep the ranks of your LoRA configuration, because its rank_pattern or "
+            f"alpha_pattern names them or because they lie outside the transformer blocks: {shown}.",
+        )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on a model: its name, its configuration, its layers by module path from the unwrapped model."""
+    """A LoRA adapter on a model: its name, its configuration, its layers by the name that PEFT's patterns match.
+
+    That is the module path from the unwrapped model, and for a fused parameter `<module>.<parameter>`.
+    """
 
     model: nn.Module
     name: str
@@ -95,6 +117,14 @@ class Adapter:
                 f"init_lora_weights={self.config.init_lora_weights!r} cannot be run again on an adapter that exists; "
                 f"in place GeLoRA takes {', '.join(map(repr, IN_PLACE_INITS))}. {CONFIG_ROUTE}"
             )
+        for option in NOT_IN_PLACE:
+            if getattr(self.config, option, None):
+                raise ApplyError(f"{option} cannot be run again on an adapter that exists. {CONFIG_ROUTE}")
+        if getattr(self.config, "alora_invocation_tokens", None) and not isinstance(self.model, PeftModel):
+            raise ApplyError(
+                "The adapter has alora_invocation_tokens, which do nothing outside a PeftModel (PEFT 0.21): nothing "
+                "would be trained. Use get_peft_model(model, config) instead of model.add_adapter(config)."
+            )
         if getattr(unwrap(self.model), "tp_size", None) not in (None, 1):
             raise ApplyError(f"The model is tensor-parallel; its adapter cannot be resized in place. {CONFIG_ROUTE}")
         for name, layer in self.layers.items():
@@ -106,13 +136,6 @@ class Adapter:
                         f"The adapter is trained already: {kind} of {name} is not 0. GeLoRA chooses ranks before "
                         "training; train this adapter on without GeLoRA, or start from a fresh one."
                     )
-
-
-def matches_pattern(config: LoraConfig, name: str) -> bool:
-    """Whether the `rank_pattern` or `alpha_pattern` of `config` names the module."""
-    return any(
-        get_pattern_key(pattern.keys(), name) in pattern for pattern in (config.rank_pattern, config.alpha_pattern)
-    )
 
 
 def find_adapter(model: nn.Module) -> Adapter | None:
@@ -132,58 +155,32 @@ def find_adapter(model: nn.Module) -> Adapter | None:
     if not isinstance(config, LoraConfig):
         raise ApplyError(f"The adapter {names[0]!r} is {config.peft_type}; GeLoRA chooses ranks for LoRA only.")
     layers = {
-        name: module
+        _pattern_name(name, module): module
         for name, module in unwrap(model).named_modules()
         if isinstance(module, LoraLayer) and names[0] in module.r
     }
     return Adapter(model, names[0], config, layers)
 
 
-def config_sites(layout: ModelLayout, config: LoraConfig) -> tuple[Site, ...]:
-    """The sites that `config` would adapt on a model without an adapter, by PEFT's own rules.
+def _pattern_name(name: str, layer: LoraLayer) -> str:
+    """What PEFT matches its patterns with: wrappers of fused parameters lie within each other (PEFT 0.21)."""
+    parameter = getattr(layer, "parameter_name", None)
+    return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, plan: RankPlan | None) -> tuple[PeftModel, AppliedPlan]:
+    """`model` in a new LoRA adapter made of `config`, with the ranks of `plan` if there is one.
 
     Raises:
-        LayoutError: it would adapt none, or has no target modules and PEFT has no default for the model.
+        PlanError: see `with_plan`. Nothing was changed.
     """
-    resolved = copy.copy(config)
-    if resolved.target_modules is None:
-        resolved.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(layout.model_type)
-        if resolved.target_modules is None:
-            raise LayoutError(
-                f"PEFT has no default target modules for {layout.model_type!r} models; expected target_modules in the "
-                'LoRA configuration, "all-linear" for example.'
-            )
-    elif isinstance(resolved.target_modules, str) and resolved.target_modules.lower() == "all-linear":
-        resolved.target_modules = {linear.name for block in layout.blocks for linear in block.linears}
-    sites = layout_sites(
-        layout,
-        lambda name: bool(check_target_module_exists(resolved, name)) and not matches_pattern(config, name),
-    )
-    if not sites:
-        raise LayoutError(f"target_modules={config.target_modules!r} names no linear map in the transformer blocks.")
-    return sites
-
-
-def with_plan(config: LoraConfig, plan: RankPlan) -> LoraConfig:
-    """A copy of `config` with the ranks of `plan`; modules that the user's own patterns name stay the user's.
-
-    Where a block has such modules its other modules get a key each: the first match wins, but `save_pretrained`
-    sorts the keys (PEFT 0.21), so no key of ours may match a module of the user's.
-
-    Raises:
-        PlanError: the plan keeps another scaling than `config` has.
-    """
-    plan.check_scaling(config.r, config.lora_alpha, config.use_rslora)
-    linears = {block.name: block.linears for block in plan.profile.layout.blocks}
-    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    for site, rank in zip(plan.sites, plan.ranks, strict=True):
-        names = [linear.name for linear in linears[site.name]]
-        free = [name for name in names if not matches_pattern(config, name)]
-        for key in [site.pattern] if free == names else [f"^{re.escape(name)}" for name in free]:
-            ranks[key], alphas[key] = rank, plan.alpha(rank)
-    changed = copy.copy(config)  # TRL's "ref" adapter shares the user's object
-    changed.rank_pattern, changed.alpha_pattern = ranks, alphas
-    return changed
+    wrapped = get_peft_model(model, copy.copy(config) if plan is None else with_plan(config, plan))
+    adapter = replace(require_adapter(wrapped), config=config)
+    if plan is None:
+        ranks = {name: layer.r[adapter.name] for name, layer in adapter.layers.items()}
+    else:
+        ranks = _planned(adapter, plan)
+    return wrapped, AppliedPlan(ranks, tuple(ranks), _others(adapter, ranks))
 
 
 def apply_plan(model: nn.Module, plan: RankPlan) -> AppliedPlan:
@@ -200,31 +197,68 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> AppliedPlan:
     adapter = require_adapter(model)
     adapter.check_fresh()
     plan.check_sites(adapter.sites(plan.profile.layout))
-    config = with_plan(adapter.config, plan)
-    ranks: dict[str, int] = {}
-    for site, rank in zip(plan.sites, plan.ranks, strict=True):
-        ranks |= dict.fromkeys(adapter.free_layers(site.name), rank)
+    modules = {site.name: [name for name in adapter.layers if name.startswith(f"{site.name}.")] for site in plan.sites}
+    config = with_patterns(adapter.config, plan, modules)
+    ranks = _planned(adapter, plan)
     alphas = {name: plan.alpha(rank) for name, rank in ranks.items()}
-    return AppliedPlan(ranks, _resize(adapter, config, ranks, alphas))
+    return AppliedPlan(ranks, _resize(adapter, config, ranks, alphas), _others(adapter, ranks))
 
 
-def apply_config(model: nn.Module, saved: LoraConfig) -> AppliedPlan:
-    """Give the adapter of `model` the ranks that `saved`, a checkpoint's configuration, has: for resuming.
+def _planned(adapter: Adapter, plan: RankPlan) -> dict[str, int]:
+    return {
+        name: rank for site, rank in zip(plan.sites, plan.ranks, strict=True) for name in adapter.free_layers(site.name)
+    }
 
-    Raises:
-        ApplyError: no adapter, or modules that would change are trained already. Nothing was changed.
-    """
-    adapter = require_adapter(model)
+
+def _others(adapter: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(name for name in adapter.layers if name not in ranks)
+
+
+def has_ranks_of(model: nn.Module, saved: LoraConfig) -> bool:
+    """Whether the adapter of `model` has the ranks and alphas that `saved`, a checkpoint's configuration, has."""
+    adapter = find_adapter(model)
+    if adapter is None:
+        return False
+    ranks, alphas = _saved(adapter, saved)
+    return all(
+        layer.r[adapter.name] == ranks[name] and layer.lora_alpha[adapter.name] == alphas[name]
+        for name, layer in adapter.layers.items()
+    )
+
+
+def _saved(adapter: Adapter, saved: LoraConfig) -> tuple[dict[str, int], dict[str, float]]:
     ranks, alphas = {}, {}
     for name in adapter.layers:
         ranks[name] = saved.rank_pattern.get(get_pattern_key(saved.rank_pattern.keys(), name), saved.r)
         alphas[name] = saved.alpha_pattern.get(get_pattern_key(saved.alpha_pattern.keys(), name), saved.lora_alpha)
+    return ranks, alphas
+
+
+def apply_config(model: nn.Module, saved: LoraConfig) -> AppliedPlan:
+    """Give the adapter of `model` the ranks and alphas that `saved`, a checkpoint's configuration, has: for resuming.
+
+    Raises:
+        ApplyError: no adapter, modules that would change are trained already, or only one of the two is
+            rank-stabilised. Nothing was changed.
+    """
+    adapter = require_adapter(model)
+    if saved.use_rslora != adapter.config.use_rslora:
+        raise ApplyError(
+            f"The checkpoint was trained with use_rslora={saved.use_rslora}, and the model's LoRA configuration says "
+            f"{adapter.config.use_rslora}. Set it as it was."
+        )
+    ranks, alphas = _saved(adapter, saved)
     if any(rank != adapter.layers[name].r[adapter.name] for name, rank in ranks.items()):
         adapter.check_fresh()
     config = copy.copy(adapter.config)
     config.r, config.lora_alpha = saved.r, saved.lora_alpha
     config.rank_pattern, config.alpha_pattern = dict(saved.rank_pattern), dict(saved.alpha_pattern)
-    return AppliedPlan(ranks, _resize(adapter, config, ranks, alphas))
+    changed = _resize(adapter, config, ranks, alphas)
+    for name, layer in adapter.layers.items():
+        if layer.lora_alpha[adapter.name] != alphas[name]:
+            layer.lora_alpha[adapter.name] = alphas[name]
+            layer.set_scale(adapter.name, 1)
+    return AppliedPlan(ranks, changed)
 
 
 def require_adapter(model: nn.Module) -> Adapter:

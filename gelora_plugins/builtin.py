@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 def register_estimators() -> dict[str, Any]:
     from gelora_plugins import estimators
 
-    return {"twonn": estimators.twonn, "twonn_mle": estimators.twonn_mle}
+    return {
+        "twonn": estimators.twonn,
+        "twonn_mle": estimators.twonn_mle,
+        "gride": estimators.gride,
+        "mle": estimators.mle,
+    }
 
 
 @hookimpl

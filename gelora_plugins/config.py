@@ -8,6 +8,7 @@ from gelora_plugins.errors import ConfigError
 
 ROUNDINGS = ("nearest", "ceil", "floor", "dimensions")
 ON_FAILURE = ("raise", "keep")
+FEATURE_STORAGE = ("memory", "half", "disk")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class GeLoRAConfig:
     estimator: str = field(
         default="twonn_mle",
         metadata={
-            "help": "Estimator of the intrinsic dimension: `twonn_mle` (TwoNN by censored maximum likelihood, "
-            "with an interval) or `twonn` (TwoNN by linear fit, no interval)."
+            "help": "Estimator of the intrinsic dimension, each with a standard error: `twonn_mle` (TwoNN by censored "
+            "maximum likelihood), `twonn` (TwoNN by linear fit), `gride` (ratios of the 2nd and 4th neighbour) or "
+            "`mle` (Levina-Bickel, 10 neighbours)."
         },
     )
     pooling: str = field(
@@ -45,6 +47,13 @@ class GeLoRAConfig:
             "`dimensions` (each dimension rounded to the nearest integer first)."
         },
     )
+    standardise: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide each coordinate of the points by its standard deviation before measuring, and leave "
+            "constant coordinates out: for models in which a few large coordinates hide all others."
+        },
+    )
     probe_samples: int = field(
         default=1024,
         metadata={"help": "How many distinct training documents to measure on; fewer are used when fewer exist."},
@@ -54,6 +63,21 @@ class GeLoRAConfig:
     )
     probe_batch_size: int = field(default=16, metadata={"help": "Documents in one forward pass of the probe."})
     probe_seed: int = field(default=0, metadata={"help": "Seed of the choice of documents."})
+    target_std_error: float | None = field(
+        default=None,
+        metadata={
+            "help": "Read documents in growing chunks, and stop once the growth of the dimension over every block is "
+            "known to this standard error; `probe_samples` is the most that is read."
+        },
+    )
+    feature_storage: str = field(
+        default="memory",
+        metadata={
+            "help": "Where the points wait for the last document: `memory`, `half` (half the memory; moves the "
+            "dimension by less than a hundredth of its standard error) or `disk` (temporary files, one boundary in "
+            "memory at a time)."
+        },
+    )
     plan: str | None = field(
         default=None, metadata={"help": "Path of a saved plan. Its ranks are used and nothing is measured."}
     )
@@ -70,13 +94,19 @@ class GeLoRAConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}.")
-        for name, allowed in (("rounding", ROUNDINGS), ("on_failure", ON_FAILURE)):
+        choices = {"rounding": ROUNDINGS, "on_failure": ON_FAILURE, "feature_storage": FEATURE_STORAGE}
+        for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; expected one of: {', '.join(allowed)}.")
         for name in ("policy", "estimator", "pooling"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected the name of one, as a string.")
+        if not isinstance(self.standardise, bool):
+            raise ConfigError(f"standardise is {self.standardise!r}; expected true or false.")
+        target = self.target_std_error
+        if target is not None and (isinstance(target, bool) or not isinstance(target, int | float) or not target > 0):
+            raise ConfigError(f"target_std_error is {target!r}; expected a positive number, or nothing.")
         if self.plan is not None and not isinstance(self.plan, str):
             raise ConfigError(f"plan is {self.plan!r}; expected the path of a saved plan, as a string.")
 

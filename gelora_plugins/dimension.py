@@ -1,8 +1,9 @@
 """What was measured: DimensionEstimate at each block boundary, gathered in a DimensionProfile. Needs no torch."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from gelora_plugins import records
@@ -22,6 +23,10 @@ class DimensionEstimate:
         interval: 95 % confidence interval (low, high), or None where the estimator has none.
         num_points: how many distinct points the estimate rests on.
         degenerate: why there is no dimension (the points coincide, say); empty when there is one.
+        replicates: values that the estimate could have had with other documents, as random halves of the points show
+            them; empty where the estimator gives none. Their standard deviation is the standard error. In one profile,
+            number b comes from the same documents at every boundary.
+        warning: one sentence on why the value needs care; usually empty.
     """
 
     value: float | None
@@ -29,6 +34,8 @@ class DimensionEstimate:
     std_error: float | None = None
     interval: tuple[float, float] | None = None
     degenerate: str = ""
+    replicates: tuple[float, ...] = ()
+    warning: str = ""
 
     def __post_init__(self) -> None:
         if (self.value is None) == (self.degenerate == ""):
@@ -37,6 +44,16 @@ class DimensionEstimate:
             raise PlanError(f"An intrinsic dimension of {self.value!r} was found; expected a positive finite number.")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise PlanError(f"The interval {self.interval!r} is not (low, high).")
+        if self.replicates:
+            if self.value is None:
+                raise PlanError("An estimate without a value has replicates; expected none.")
+            wrong = [x for x in self.replicates if not (records.is_number(x) and x > 0)]
+            if wrong or len(self.replicates) < 2:
+                raise PlanError(
+                    f"The replicates of an estimate are {len(self.replicates)} values"
+                    + (f", one of them {wrong[0]!r:.80}" if wrong else "")
+                    + "; expected none, or at least two positive finite numbers."
+                )
 
     def __str__(self) -> str:
         if self.value is None:
@@ -60,6 +77,8 @@ class DimensionEstimate:
             std_error=get("std_error", float, null=True),
             interval=interval,
             degenerate=get("degenerate", str),
+            replicates=tuple(get("replicates", list)),
+            warning=get("warning", str),
         )
 
 
@@ -78,6 +97,9 @@ class DimensionProfile:
         num_tokens: tokens that went through the backbone, padding not counted.
         seconds: wall time of the measurement.
         data_fingerprint: SHA-256 over the token ids of the documents that were read.
+        standardise: whether each coordinate was divided by its standard deviation.
+        target_std_error: the standard error that every growth was to be known to, or None where documents were not
+            read in growing numbers.
     """
 
     layout: ModelLayout
@@ -91,12 +113,22 @@ class DimensionProfile:
     num_tokens: int
     seconds: float
     data_fingerprint: str
+    standardise: bool = False
+    target_std_error: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.estimates) != self.layout.num_boundaries:
             raise PlanError(
                 f"{len(self.estimates)} dimensions for a model of {self.layout.num_boundaries} block boundaries."
             )
+        counts = sorted({len(estimate.replicates) for estimate in self.estimates} - {0})
+        if len(counts) > 1:
+            raise PlanError(
+                f"Boundaries have {' and '.join(map(str, counts))} replicates; expected the same number at every "
+                "boundary that has any."
+            )
+        if self.target_std_error is not None and not self.target_std_error > 0:
+            raise PlanError(f"target_std_error is {self.target_std_error!r}; expected a positive number or None.")
 
     def growth(self) -> tuple[float | None, ...]:
         """d_{i+1} - d_i for each block i, in the order of `layout.blocks`.
@@ -105,6 +137,37 @@ class DimensionProfile:
         counting it as 0 would give that block the largest rank of the network.
         """
         return growth([estimate.value for estimate in self.estimates], self.layout)
+
+    def growth_std_errors(self) -> tuple[float | None, ...]:
+        """Standard error of the growth over each block, in the order of `layout.blocks`.
+
+        The standard deviation of the difference of the replicates: what the same documents do to both boundaries
+        cancels. None where a boundary of the block has no replicates, or where there is no growth.
+        """
+        return tuple(
+            None
+            if not self.estimates[before].replicates or not self.estimates[after].replicates
+            else statistics.stdev(
+                b - a for a, b in zip(self.estimates[before].replicates, self.estimates[after].replicates, strict=True)
+            )
+            for before, after in self.layout.block_boundaries()
+        )
+
+    def redraws(self) -> Iterator[Self]:
+        """This profile as other draws of the documents would have it, one for each replicate; none without any.
+
+        Redraw b has value + (replicate b - mean of the replicates) at each boundary. All else, standard errors too,
+        stays as measured, and so does the value where there are no replicates.
+        """
+        means = [statistics.fmean(e.replicates) if e.replicates else 0.0 for e in self.estimates]
+        for b in range(max((len(estimate.replicates) for estimate in self.estimates), default=0)):
+            yield replace(
+                self,
+                estimates=tuple(
+                    _moved(estimate, estimate.replicates[b] - mean) if estimate.replicates else estimate
+                    for estimate, mean in zip(self.estimates, means, strict=True)
+                ),
+            )
 
     def notes(self) -> tuple[str, ...]:
         """What a reader must know before trusting the numbers, one sentence each."""
@@ -120,7 +183,23 @@ class DimensionProfile:
             for boundary, estimate in enumerate(self.estimates)
             if estimate.degenerate
         ]
+        for warning in dict.fromkeys(estimate.warning for estimate in self.estimates if estimate.warning):
+            boundaries = [str(i) for i, estimate in enumerate(self.estimates) if estimate.warning == warning]
+            notes.append(f"{'Boundary' if len(boundaries) == 1 else 'Boundaries'} {', '.join(boundaries)}: {warning}")
+        if self.target_std_error is not None:
+            notes.append(self._target_note(self.target_std_error))
         return tuple(notes)
+
+    def _target_note(self, target: float) -> str:
+        known = [error for error in self.growth_std_errors() if error is not None]
+        if not known:
+            return f"The estimator {self.estimator} gives no standard errors, so target_std_error had no effect."
+        if max(known) <= target:
+            return f"The growth of every block is known to a standard error of {max(known):.2f} ({target:g} was asked)."
+        return (
+            f"The target_std_error of {target:g} was not reached: the largest standard error of a growth is "
+            f"{max(known):.2f} with all {self.num_documents:,} documents. Raise probe_samples, or give more data."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, with the schema number."""
@@ -142,6 +221,8 @@ class DimensionProfile:
             num_tokens=get("num_tokens", int),
             seconds=get("seconds", float),
             data_fingerprint=get("data_fingerprint", str),
+            standardise=get("standardise", bool),
+            target_std_error=get("target_std_error", float, null=True),
         )
 
 
@@ -152,3 +233,9 @@ def growth(dimensions: Sequence[float | None], layout: ModelLayout) -> tuple[flo
         d_in, d_out = dimensions[before], dimensions[after]
         result.append(None if d_in is None or d_out is None else d_out - d_in)
     return tuple(result)
+
+
+def _moved(estimate: DimensionEstimate, by: float) -> DimensionEstimate:
+    """`estimate` with `by` added to its value, which stays positive."""
+    assert estimate.value is not None
+    return replace(estimate, value=max(estimate.value + by, estimate.value / 1000))

@@ -35,3 +35,11 @@ class ApplyError(GeLoRAError):
 
 class TooLateError(GeLoRAError):
     """GeLoRA was attached when the optimizer, or training, already held the old parameters."""
+
+
+class ExportError(GeLoRAError):
+    """A saved adapter cannot be given one rank for all modules; nothing was written."""
+
+
+class WriteError(GeLoRAError, OSError):
+    """A file cannot be written. The old one, if there was one, is as it was."""

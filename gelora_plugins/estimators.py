@@ -6,133 +6,173 @@ second and first neighbour, log mu is exponential with the dimension as its rate
 """
 
 import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gelora_plugins.dimension import DimensionEstimate
+from gelora_plugins.dimension import MIN_POINTS, DimensionEstimate
 from gelora_plugins.errors import DimensionError
+from gelora_plugins.neighbours import Neighbours, find_neighbours
+from gelora_plugins.resampling import VARIANCE_FACTOR, half_distances, halves, list_length
 
 KEPT_FRACTION = 0.9  # the largest tenth of the mu depends most on the density not being constant (Facco et al., 2017)
-REPEAT_TOLERANCE = 1e-5  # in units of the root mean square distance of the points from their mean
-_CANDIDATES = 8  # neighbours looked at exactly beyond the ones asked for
-_TILE_BYTES = 64 * 2**20
 
 
-def centred(points: Tensor) -> Tensor:
-    """`points` (n, D) minus their mean, float64: a large constant coordinate costs float32 all its digits."""
-    points = points.double()
-    return points - points.mean(dim=0)
+@dataclass(frozen=True)
+class NeighbourEstimator:
+    """An estimator that looks at nothing but the distances from each point to its nearest neighbours.
 
+    Called with distinct points (n, D) it searches the neighbours itself; where they are known, `estimate` shares them.
 
-def neighbour_distances(points: Tensor, k: int = 2) -> Tensor:
-    """Distances from each point to its k nearest others: (n, D) -> (n, k) float64, ascending, exact.
-
-    Candidates come from a matrix product of the centred points; their distances are computed again from differences,
-    and a row whose candidates the product cannot vouch for is searched again by differences alone. All in float64:
-    float32 cannot vouch for any row where one coordinate dwarfs the others, and TF32 or autocast would spoil it.
-
-    Raises:
-        ValueError: fewer than k + 1 points.
+    Attributes:
+        num_neighbours: k, how many neighbours of each point it looks at.
+        from_distances: distances (..., n, k) float64, ascending along k -> dimensions (...).
     """
-    if len(points) <= k:
-        raise ValueError(f"{len(points)} points have no {k} neighbours each.")
-    points = points.double()
-    x = centred(points)
-    n, dim = x.shape
-    num_candidates = min(n - 1, k + _CANDIDATES)
-    norms = x.square().sum(dim=1)
-    # |error| of |x|^2 + |y|^2 - 2xy: about sqrt(D) roundings of products no larger than the norms.
-    slack = 4 * torch.finfo(torch.float64).eps * math.sqrt(dim) * (norms + norms.max())
-    rows = max(1, _TILE_BYTES // (8 * max(n, num_candidates * dim)))
-    result = torch.empty(n, k, dtype=torch.float64, device=x.device)
-    for start in range(0, n, rows):
-        stop = min(start + rows, n)
-        here = torch.arange(start, stop, device=x.device)
-        squared = torch.addmm(norms + norms[start:stop, None], x[start:stop], x.T, alpha=-2)
-        squared[here - start, here] = torch.inf
-        approximate, candidate = squared.topk(num_candidates, largest=False)
-        # The differences are of the points as given: centring rounds, which tight clusters far out would show.
-        exact = (points[start:stop, None] - points[candidate]).square().sum(dim=2).sort(dim=1).values[:, :k].sqrt()
-        unsure = here[exact[:, -1].square() + 2 * slack[start:stop] > approximate[:, -1]]
-        if num_candidates < n - 1 and len(unsure):
-            every = torch.cdist(points[unsure], points, compute_mode="donot_use_mm_for_euclid_dist")
-            every[torch.arange(len(unsure), device=x.device), unsure] = torch.inf
-            exact[unsure - start] = every.topk(k, largest=False).values
-        result[start:stop] = exact
-    return result
+
+    num_neighbours: int
+    from_distances: Callable[[Tensor], Tensor]
+
+    def __call__(self, points: Tensor) -> DimensionEstimate:
+        """The dimension of distinct `points` (n, D), with the standard error that random halves of them show.
+
+        Raises:
+            DimensionError: as `estimate`; or a point is not finite.
+        """
+        return self.estimate(self.search(points), halves(len(points), 0))
+
+    def search(self, points: Tensor) -> Neighbours:
+        """The neighbours that `estimate` needs.
+
+        Raises:
+            DimensionError: fewer than 4 points, or than k + 1; or a point is not finite.
+        """
+        least = max(4, self.num_neighbours + 1)
+        if len(points) < least:
+            raise DimensionError(f"{len(points)} points were given; expected at least {least}.")
+        return find_neighbours(points, self.num_neighbours, list_length(self.num_neighbours))
+
+    def estimate(self, found: Neighbours, rows: Tensor) -> DimensionEstimate:
+        """The dimension of n points whose neighbours are known.
+
+        Args:
+            found: what `search` gave.
+            rows: random halves of the points (see `resampling.halves`); below 50 points they are not used, and
+                there is no standard error.
+
+        Raises:
+            DimensionError: points coincide, or most have neighbours at one distance (the corners of a lattice, say).
+        """
+        k = self.num_neighbours
+        n = len(found.distances)
+        distances = found.distances[:, :k]
+        if not distances[:, 0].min() > 0:
+            raise DimensionError("Some points coincide; expected distinct points.")
+        value = float(self.from_distances(distances))
+        if not (math.isfinite(value) and value > 0):
+            raise DimensionError("The nearest neighbours of most points are equally far; there is no dimension then.")
+        estimate = DimensionEstimate(value=value, num_points=n)
+        if n < MIN_POINTS:
+            return estimate
+        of_halves = torch.cat([self.from_distances(half) for half in half_distances(found, rows, k)])
+        replicates = (value + math.sqrt(VARIANCE_FACTOR) * (of_halves - of_halves.mean())).tolist()
+        if not all(math.isfinite(x) and x > 0 for x in replicates):  # neighbours equally far in most of some half
+            return estimate
+        std_error = statistics.stdev(replicates)
+        factor = math.exp(1.96 * std_error / value)
+        return replace(
+            estimate,
+            std_error=std_error,
+            interval=(value / factor, value * factor),
+            replicates=tuple(float(f"{x:.6g}") for x in replicates),
+        )
 
 
-def repeats(points: Tensor) -> Tensor:
-    """Which points of (n, D) coincide with an earlier one: (n,) bool. The first of each group is kept.
-
-    Two points coincide when they are nearer than REPEAT_TOLERANCE times the root mean square distance from the mean.
-    """
-    x = centred(points)
-    n = len(x)
-    found = torch.zeros(n, dtype=torch.bool, device=x.device)
-    if n < 2:
-        return found
-    tolerance = REPEAT_TOLERANCE * x.square().sum(dim=1).mean().sqrt()
-    if tolerance == 0:
-        found[1:] = True
-        return found
-    suspects = (neighbour_distances(x, 1)[:, 0] <= tolerance).nonzero().flatten()
-    kept: list[int] = []
-    for i in suspects.tolist():
-        if kept and bool(((x[kept] - x[i]).square().sum(dim=1).sqrt() <= tolerance).any()):
-            found[i] = True
-        else:
-            kept.append(i)
-    return found
+def _log_ratios(distances: Tensor) -> Tensor:
+    """log mu, ascending: (..., n, 2) -> (..., n)."""
+    return (distances[..., 1] / distances[..., 0]).log().sort(dim=-1).values
 
 
-def log_ratios(points: Tensor) -> Tensor:
-    """log mu of each of the distinct `points` (n, D): (n,) float64, ascending.
-
-    Raises:
-        DimensionError: fewer than 4 points, points that coincide or are not finite, or no point with a nearest
-            neighbour nearer than the second (corners of a lattice, say).
-    """
-    if len(points) < 4:
-        raise DimensionError(f"{len(points)} points were given; TwoNN expects at least 4.")
-    r = neighbour_distances(points, 2)
-    log_mu = (r[:, 1] / r[:, 0]).log().sort().values  # NaN comes last
-    if not log_mu[-1].isfinite():
-        raise DimensionError("Some points coincide, or are not finite; TwoNN expects distinct, finite points.")
-    if log_mu[int(len(log_mu) * KEPT_FRACTION) - 1] == 0:
-        raise DimensionError("The two nearest neighbours of most points are equally far; TwoNN has no dimension then.")
-    return log_mu
-
-
-def twonn(points: Tensor) -> DimensionEstimate:
-    """TwoNN by linear fit (Facco et al. 2017, eq. 6): distinct points (n, D) -> dimension, without an interval.
-
-    A line through the origin is fitted to -log(1 - F) against log mu on the smallest nine tenths of the mu.
-    """
-    log_mu = log_ratios(points)
-    n = len(log_mu)
+def _linear_fit(distances: Tensor) -> Tensor:
+    """A line through the origin, fitted to -log(1 - F) against log mu on the smallest nine tenths of the mu."""
+    log_mu = _log_ratios(distances)
+    n = log_mu.shape[-1]
     m = int(n * KEPT_FRACTION)
-    kept = log_mu[:m]
+    kept = log_mu[..., :m]
     survival = -torch.log1p(-torch.arange(1, m + 1, dtype=torch.float64, device=kept.device) / n)
-    return DimensionEstimate(value=float((kept @ survival) / (kept @ kept)), num_points=n)
+    return (kept * survival).sum(dim=-1) / kept.square().sum(dim=-1)
 
 
-def twonn_mle(points: Tensor) -> DimensionEstimate:
-    """TwoNN by censored maximum likelihood: distinct points (n, D) -> dimension with standard error and interval.
+def _censored_likelihood(distances: Tensor) -> Tensor:
+    """(m - 1) / T with T = sum of the m smallest log mu + (n - m) times the largest of them.
 
-    The m smallest log mu are used, and of the others only that they are at least as large (type II censoring):
-    T = sum of the m smallest + (n - m) times the largest of them, d = (m - 1) / T, and 2 d T follows chi-squared
-    with 2 m degrees of freedom (Epstein and Sobel, "Life testing", JASA 48, 1953). The mu of mutual neighbours are
-    dependent, which makes the true error 5 to 30 % larger than this one: the 95 % interval holds the estimator's mean
-    88 to 94 % of the time (benchmarks/results/estimators.json).
+    Type II censoring: of the largest tenth only that they are at least as large (Epstein and Sobel, "Life testing",
+    JASA 48, 1953). Unbiased for independent exponential log mu.
     """
-    from scipy.special import chdtri
-
-    log_mu = log_ratios(points)
-    n = len(log_mu)
+    log_mu = _log_ratios(distances)
+    n = log_mu.shape[-1]
     m = int(n * KEPT_FRACTION)
-    total = float(log_mu[:m].sum() + (n - m) * log_mu[m - 1])
-    value = (m - 1) / total
-    interval = (float(chdtri(2 * m, 0.975)) / (2 * total), float(chdtri(2 * m, 0.025)) / (2 * total))
-    return DimensionEstimate(value=value, num_points=n, std_error=value / math.sqrt(m - 2), interval=interval)
+    return (m - 1) / (log_mu[..., :m].sum(dim=-1) + (n - m) * log_mu[..., m - 1])
+
+
+def _gride(distances: Tensor, scale: int) -> Tensor:
+    """Maximum likelihood for the ratios r_2n / r_n, n the `scale` (Denti et al. 2022, with n1 = n and n2 = 2 n).
+
+    With u the N log ratios, the score is N / d + (n - 1) sum u / (1 - exp(-d u)) - (2 n - 1) sum u. As in DADApy 0.3.4,
+    N - 1 stands for N, which at n = 1 removes the bias. The score falls and is convex in d, and is not negative at
+    d = (N - 1) / (n sum u): from there Newton's steps climb to the root and not beyond.
+    """
+    u = (distances[..., 2 * scale - 1] / distances[..., scale - 1]).log()
+    num, total = u.shape[-1] - 1, u.sum(dim=-1)
+    d = num / (scale * total)
+    for _ in range(50):
+        x = (d[..., None] * u).clamp(min=1e-12)  # x / (1 - exp(-x)) -> 1 where neighbours are equally far
+        e = torch.expm1(-x)
+        score = num - (scale - 1) * (x / e).sum(dim=-1) - (2 * scale - 1) * d * total  # times d
+        slope = num + (scale - 1) * (x.square() * (1 + e) / e.square()).sum(dim=-1)  # times -d^2
+        step = d * score / slope
+        d = d + step
+        if not (step.abs() > 1e-12 * d).any():
+            break
+    return d
+
+
+def _levina_bickel(distances: Tensor) -> Tensor:
+    """One over the mean of log(r_k / r_j) over all points and j < k."""
+    logs = distances.log()
+    return 1 / (logs[..., -1:] - logs[..., :-1]).mean(dim=(-2, -1))
+
+
+def gride_at(scale: int) -> NeighbourEstimator:
+    """GRIDE at one scale n >= 1, from the ratios r_2n / r_n: the larger n, the less short-range noise it sees.
+
+    Denti, Doimo, Laio, Mira, "The generalized ratios intrinsic dimension estimator", Scientific Reports 12 (2022).
+    """
+    return NeighbourEstimator(2 * scale, partial(_gride, scale=scale))
+
+
+twonn = NeighbourEstimator(2, _linear_fit)
+twonn_mle = NeighbourEstimator(2, _censored_likelihood)
+gride = gride_at(2)
+# Levina and Bickel, NIPS 2004, with the average of MacKay and Ghahramani (2005): of the inverse local estimates.
+mle = NeighbourEstimator(10, _levina_bickel)
+
+
+def dimension_at_scales(points: Tensor, max_scale: int = 64) -> dict[int, DimensionEstimate]:
+    """GRIDE of distinct `points` (n, D) at scale 1, 2, 4, ... up to `max_scale`, as far as 2 scale < n.
+
+    A plateau is where the dimension means something; at scale 1 noise in every coordinate counts in full.
+
+    Raises:
+        DimensionError: as `NeighbourEstimator.estimate`.
+    """
+    n = len(points)
+    scales = [2**i for i in range(max_scale.bit_length()) if 2 ** (i + 1) < n]
+    if not scales:
+        raise DimensionError(f"{n} points were given; expected at least 4.")
+    found = gride_at(scales[-1]).search(points)
+    rows = halves(n, 0)
+    return {scale: gride_at(scale).estimate(found, rows) for scale in scales}

@@ -1,37 +1,30 @@
-"""Hidden states at every block boundary, pooled inside the forward hooks: PooledFeatures. Leaves no trace."""
+"""Hidden states at every block boundary, pooled inside the forward hooks to one point a document. Leaves no trace."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
 from gelora_plugins.layout import HOW_TO_REGISTER, ModelLayout, unwrap
-from gelora_plugins.probe_set import IGNORED_LABEL, Batch
+from gelora_plugins.probe_set import IGNORED_LABEL, Batch, ProbeSet
+from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.storage import FeatureStore, own_pages
+
+logger = logging.getLogger(__name__)
 
 Pooling = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class PooledFeatures:
-    """One point per document at every block boundary.
-
-    Attributes:
-        points: one tensor (documents, features) per boundary, float32 on the CPU; the rows of all are the same
-            documents. `points[0]` enters the first block.
-        num_tokens: real tokens that went through the backbone.
-    """
-
-    points: tuple[Tensor, ...]
-    num_tokens: int
 
 
 @contextmanager
@@ -60,45 +53,147 @@ def cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
 
+def read_documents(
+    model: nn.Module,
+    layout: ModelLayout,
+    probe_set: ProbeSet,
+    pooling: Pooling,
+    store: FeatureStore,
+    config: GeLoRAConfig,
+    *,
+    stop: int | None = None,
+    processes: Processes = ALONE,
+    progress: bool = True,
+) -> int:
+    """`collect_features` of the documents that `store` lacks, up to number `stop`.
+
+    Where memory runs out, in any of the processes, the batches are halved and these documents are read again.
+
+    Raises:
+        ProbeError, LayoutError: see `collect_features`; or one document is more than memory takes.
+    """
+    start, size = store.num_filled, config.probe_batch_size
+
+    def halve() -> int:
+        nonlocal size
+        if size == 1:
+            raise ProbeError(
+                "Memory ran out in a forward pass with one document. Lower probe_max_length (now "
+                f"{config.probe_max_length}), load the model in bfloat16 or 4 bits, or make the plan on a device with "
+                "more memory and pass plan=..."
+            )
+        size //= 2
+        logger.warning("Memory ran out while GeLoRA measured; trying again with %d documents in a batch.", size)
+        return size
+
+    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)  # type: ignore[untyped-decorator]
+    def read(batch_size: int) -> int:
+        store.truncate(start)
+        batches = probe_set.batches(batch_size, start, stop)
+        total = -(-len(probe_set.documents[start:stop]) // batch_size)
+        with tqdm(batches, total=total, desc="GeLoRA probe", unit="batch", disable=not progress) as bar:
+            return collect_features(model, layout, bar, pooling, store, processes)
+
+    return int(read())
+
+
 def collect_features(
-    model: nn.Module, layout: ModelLayout, batches: Iterable[Batch], pooling: Pooling
-) -> PooledFeatures:
-    """Run `batches` through the backbone of `model` and pool what enters and leaves every block.
+    model: nn.Module,
+    layout: ModelLayout,
+    batches: Iterable[Batch],
+    pooling: Pooling,
+    store: FeatureStore,
+    processes: Processes = ALONE,
+) -> int:
+    """Run `batches` through the backbone of `model`, pool what enters and leaves every block, and append it to `store`.
 
     Args:
         model: a model, or a PEFT model whose adapter does nothing yet.
         batches: inputs of the backbone; those it does not take (labels, say) are left out.
         pooling: (hidden (documents, tokens, features), mask (documents, tokens)) -> (documents, features).
+        processes: those that share the batches out among them. The first one's `batches` and `store` count.
+
+    Returns:
+        How many real tokens went through the backbone.
 
     Raises:
         ProbeError: a hidden state is not finite, or has another shape than (documents, tokens, features); or the
-            backbone takes none of the inputs.
+            backbone takes none of the inputs; or another process failed.
         LayoutError: a block was not called, or more than once, in a forward pass.
+    """
+    num_tokens = 0
+    with reading(model, layout, pooling) as read:
+        for batch in processes.share(batches):
+            with processes.together():
+                mine = None if batch is None else read(batch)
+            gathered = processes.gather(mine)
+            with processes.together():
+                for points, tokens in gathered:
+                    store.append(points)
+                    num_tokens += tokens
+    return num_tokens
+
+
+@contextmanager
+def reading(
+    model: nn.Module, layout: ModelLayout, pooling: Pooling
+) -> Iterator[Callable[[Batch], tuple[list[Tensor], int]]]:
+    """A function that gives the points of a batch, (documents, features) for each boundary, and its real tokens.
+
+    The points are overwritten by those of the next batch.
     """
     root = unwrap(model)
     backbone = root.get_submodule(layout.backbone)
     accepted = inspect.signature(backbone.forward).parameters
-    device = next(backbone.parameters()).device
+    device = input_device(backbone)
     recorder = _Recorder(layout, pooling)
+
+    def read(batch: Batch) -> tuple[list[Tensor], int]:
+        inputs = {name: value.to(device) for name, value in with_decoder_inputs(root, batch).items()}
+        arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name in accepted}
+        arguments.pop("labels", None)  # a model that is its own backbone, T5 with its head, would make a loss
+        if not arguments:
+            raise ProbeError(
+                f"A batch has {', '.join(inputs) or 'no tensors'}; expected inputs that {type(backbone).__name__} "
+                f"takes, such as {', '.join(list(accepted)[:3])}."
+            )
+        if "use_cache" in accepted:
+            arguments["use_cache"] = False
+        recorder.begin_batch(_masks(inputs, layout))
+        backbone(**arguments)
+        return recorder.end_batch()
+
     with ExitStack() as stack:
         stack.enter_context(leaving_no_trace(model))
         for handle in recorder.attach(root):
             stack.callback(handle.remove)
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in with_decoder_inputs(root, batch).items()}
-            recorder.masks = _masks(inputs, layout)
-            arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name in accepted}
-            arguments.pop("labels", None)  # a model that is its own backbone, T5 with its head, would make a loss
-            if not arguments:
-                raise ProbeError(
-                    f"A batch has {', '.join(inputs) or 'no tensors'}; expected inputs that {type(backbone).__name__} "
-                    f"takes, such as {', '.join(list(accepted)[:3])}."
-                )
-            if "use_cache" in accepted:
-                arguments["use_cache"] = False
-            backbone(**arguments)
-            recorder.end_batch()
-    return PooledFeatures(recorder.result(), recorder.num_tokens)
+        if backbone is root:
+            stack.callback(_shorten_head(root))
+        yield read
+
+
+def input_device(backbone: nn.Module) -> torch.device:
+    """Where the inputs go: where the first parameters are, or where accelerate brings them when they are needed."""
+    for module in backbone.modules():
+        hook = getattr(module, "_hf_hook", None)  # accelerate 1.15: offloaded parameters are on "meta" between calls
+        for part in getattr(hook, "hooks", [hook]):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(backbone.parameters()).device
+
+
+def _shorten_head(model: nn.Module) -> Callable[[], None]:
+    """Give the head of a model that is its own backbone, such as T5's, one token to read; gives what undoes that."""
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    if head is None:
+        return lambda: None
+
+    def one_token(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return (args[0][:, :1], *args[1:]) if args and isinstance(args[0], Tensor) else None
+
+    return head.register_forward_pre_hook(one_token).remove  # type: ignore[no-any-return]
 
 
 def with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
@@ -140,9 +235,8 @@ class _Recorder:
         self.layout = layout
         self.pooling = pooling
         self.masks: list[Tensor | None] = []
-        self.num_tokens = 0
-        self.batch: dict[int, Tensor] = {}
-        self.points: list[list[Tensor]] = [[] for _ in range(layout.num_boundaries)]
+        self.seen = [False] * layout.num_boundaries
+        self.points: list[Tensor | None] = [None] * layout.num_boundaries  # with room for the largest batch yet
 
     def attach(self, root: nn.Module) -> Iterator[Any]:
         boundary = 0
@@ -177,7 +271,7 @@ class _Recorder:
                 f"The hidden state at boundary {boundary} is {shape or type(hidden).__name__}; expected (documents, "
                 f"tokens, features){expected}."
             )
-        if boundary in self.batch:
+        if self.seen[boundary]:
             raise LayoutError(
                 f"Boundary {boundary} was passed twice in one forward pass: blocks that are shared between layers "
                 f"have no rank of their own. {HOW_TO_REGISTER}"
@@ -194,18 +288,31 @@ class _Recorder:
                 f"The hidden state at boundary {boundary} is not finite for {bad} of {len(points)} documents. "
                 "The model overflows in this dtype, or its weights are damaged; load it in bfloat16 or float32."
             )
-        self.batch[boundary] = points.cpu()
+        self._room(boundary, stack, points)[: len(points)] = points
+        self.seen[boundary] = True
 
-    def end_batch(self) -> None:
-        if len(self.batch) != len(self.points):
-            missing = sorted(set(range(len(self.points))) - set(self.batch))
+    def _room(self, boundary: int, stack: int, points: Tensor) -> Tensor:
+        """Where points of this shape go. Made for the whole stack at its first boundary, before its forward pass is
+        under way: even a tensor's header, left among its activations, would keep their room from being used again."""
+        room = self.points[boundary]
+        if room is None or room.shape[1] != points.shape[1] or len(room) < len(points):
+            entered = boundary == sum(len(blocks) + 1 for blocks in self.layout.stacks[:stack])
+            count = len(self.layout.stacks[stack]) + 1 if entered else 1
+            rooms = own_pages((count, *points.shape), torch.float32).unbind()
+            self.points[boundary : boundary + count] = rooms
+            room = rooms[0]
+        return room
+
+    def begin_batch(self, masks: list[Tensor | None]) -> None:
+        self.masks = masks
+        self.seen = [False] * self.layout.num_boundaries
+
+    def end_batch(self) -> tuple[list[Tensor], int]:
+        missing = [boundary for boundary, seen in enumerate(self.seen) if not seen]
+        if missing:
             raise LayoutError(
                 f"Boundaries {missing} were not passed in the forward pass of the backbone. {HOW_TO_REGISTER}"
             )
-        for boundary, points in self.batch.items():
-            self.points[boundary].append(points)
-        self.batch = {}
-        self.num_tokens += sum(int(mask.sum()) for mask in self.masks if mask is not None)
-
-    def result(self) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(points) for points in self.points)
+        masks = [mask for mask in self.masks if mask is not None]
+        points = [room[: len(masks[0])] for room in self.points if room is not None]
+        return points, sum(int(mask.sum()) for mask in masks)

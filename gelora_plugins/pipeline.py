@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from functools import partial
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-
 from gelora_plugins import plugins
-from gelora_plugins.adapter import config_sites, find_adapter
+from gelora_plugins.adapter import find_adapter
+from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.dimension import MIN_POINTS, DimensionEstimate, DimensionProfile
+from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.estimators import repeats
-from gelora_plugins.features import PooledFeatures, collect_features, leaving_no_trace
+from gelora_plugins.features import leaving_no_trace, read_documents
 from gelora_plugins.layout import ModelLayout, unwrap
+from gelora_plugins.lora_config import config_sites
 from gelora_plugins.policies import check_dimensions, make_plan
-from gelora_plugins.probe_set import Collator, ProbeSet, choose_documents
-from gelora_plugins.ranks import RankPlan
+from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
+from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.storage import FeatureStore
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
+
+FIRST_CHUNK = 256  # documents; with fewer, the standard errors themselves are rough
 
 
 def select_ranks(
@@ -35,6 +37,7 @@ def select_ranks(
     lora_config: LoraConfig | None = None,
     collator: Collator | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> RankPlan:
     """Measure `dataset` in `model` and choose a LoRA rank for every block. The model is left as it was.
 
@@ -45,6 +48,8 @@ def select_ranks(
         lora_config: for a model without an adapter, the configuration it will get; the default adapts every
             linear map of the blocks with PEFT's default `r` and `lora_alpha`.
         progress: whether to show a progress bar.
+        processes: `Processes.all()` where every process of a run makes this call: they share the work, the first
+            one's rows are read, and all get its plan.
 
     Returns:
         The plan: `apply_plan(model, plan)` for an adapter that exists, `LoraConfig(**plan.lora_config_kwargs())`
@@ -54,29 +59,36 @@ def select_ranks(
         GeLoRAError: nothing can be measured or chosen; the message says why and what to do.
     """
     config = config or GeLoRAConfig()
-    adapter = find_adapter(model)
-    if config.plan is None:
-        plugins.find("policy", config.policy)  # a misspelt name must not cost a probe
+    with processes.together():
+        adapter = find_adapter(model)
+        if config.plan is None:
+            plugins.find("policy", config.policy)  # a misspelt name must not cost a probe
+            if adapter is not None:
+                adapter.check_fresh()
+        layout = find_layout(model)
         if adapter is not None:
-            adapter.check_fresh()
-    layout = find_layout(model)
-    if adapter is not None:
-        lora_config, sites = adapter.config, adapter.sites(layout)
-    else:
-        if lora_config is None:
-            from peft import LoraConfig
-
-            lora_config = LoraConfig(target_modules="all-linear")
-        sites = config_sites(layout, lora_config)
+            lora_config, sites = adapter.config, adapter.sites(layout)
+        else:
+            lora_config = lora_config or _default_lora_config()
+            sites = config_sites(layout, lora_config)
+    r, lora_alpha, use_rslora = lora_config.r, lora_config.lora_alpha, lora_config.use_rslora
     if config.plan is not None:
-        plan = RankPlan.load(config.plan)
-        plan.check_sites(sites)
-        plan.check_scaling(lora_config.r, lora_config.lora_alpha, lora_config.use_rslora)
-        return plan
-    profile = measure(model, dataset, config, layout=layout, collator=collator, progress=progress)
-    return make_plan(
-        profile, config, sites, lora_config.r, lora_alpha=lora_config.lora_alpha, use_rslora=lora_config.use_rslora
-    )
+        return processes.decide(partial(_load_plan, config.plan, sites, r, lora_alpha, use_rslora))
+    profile = measure(model, dataset, config, layout=layout, collator=collator, progress=progress, processes=processes)
+    return processes.decide(lambda: make_plan(profile, config, sites, r, lora_alpha=lora_alpha, use_rslora=use_rslora))
+
+
+def _default_lora_config() -> LoraConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(target_modules="all-linear")
+
+
+def _load_plan(path: str, sites: tuple[Site, ...], r: int, lora_alpha: float, use_rslora: bool) -> RankPlan:
+    plan = RankPlan.load(path)
+    plan.check_sites(sites)
+    plan.check_scaling(r, lora_alpha, use_rslora)
+    return plan
 
 
 def find_layout(model: nn.Module) -> ModelLayout:
@@ -93,17 +105,40 @@ def measure(
     layout: ModelLayout | None = None,
     collator: Collator | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> DimensionProfile:
     """The intrinsic dimension of the hidden states of `dataset` at every block boundary of `model`.
 
+    With `config.target_std_error`, growing numbers of documents are read, until the growth of the dimension over
+    every block is known to that standard error.
+
     Raises:
         DimensionError: fewer than 50 distinct documents or points, or points that coincide inside the network.
-        LayoutError, ProbeError: see `find_layout`, `choose_documents`, `collect_features`.
+        LayoutError, ProbeError: see `find_layout`, `choose_documents`, `read_documents`.
     """
     started = time.perf_counter()
-    estimator = plugins.find("estimator", config.estimator)
-    pooling = plugins.find("pooling", config.pooling)
-    layout = layout or find_layout(model)
+    with processes.together():
+        plugins.find("estimator", config.estimator)
+        pooling = plugins.find("pooling", config.pooling)
+        layout = layout or find_layout(model)
+        probe_set = _choose(model, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
+    counts = processes.decide(lambda: _growing(probe_set.num_documents, config))
+    num_tokens = 0
+    with FeatureStore(config.feature_storage, counts[-1]) as store:
+        for stop in counts:
+            num_tokens += read_documents(
+                model, layout, probe_set, pooling, store, config, stop=stop, processes=processes, progress=progress
+            )
+            facts = {"layout": layout, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
+            profile = processes.decide(partial(_profile, store, probe_set, config, facts))
+            if profile is not None and _is_known(profile):
+                break
+    assert profile is not None
+    check_dimensions(profile)
+    return profile
+
+
+def _choose(model: nn.Module, dataset: Any, config: GeLoRAConfig, collator: Collator | None) -> ProbeSet:
     with leaving_no_trace(model):  # rows may be augmented at random when they are read
         probe_set = choose_documents(dataset, config, unwrap(model).config, collator)
     if probe_set.num_documents < MIN_POINTS:
@@ -112,69 +147,48 @@ def measure(
             f"left out); expected at least {MIN_POINTS} to measure a dimension. Give more data, raise probe_samples "
             f"(now {config.probe_samples}), or train without GeLoRA."
         )
-    features = collect_features(model, layout, _with_bar(probe_set, config, progress), pooling)
-    estimates, num_repeated_points = estimate_dimensions(features, estimator)
-    profile = DimensionProfile(
-        layout=layout,
+    return probe_set
+
+
+def _growing(num_documents: int, config: GeLoRAConfig) -> list[int]:
+    """After how many documents to estimate: after all, or FIRST_CHUNK, twice that and so on for a target."""
+    if config.target_std_error is None:
+        return [num_documents]
+    doublings = (FIRST_CHUNK * 2**i for i in count())
+    return [*takewhile(lambda n: n < num_documents, doublings), num_documents]
+
+
+def _profile(
+    store: FeatureStore, probe_set: ProbeSet, config: GeLoRAConfig, facts: dict[str, Any]
+) -> DimensionProfile | None:
+    """The profile of the documents that were read; None when more of them may give the dimension that these lack."""
+    try:
+        estimates, num_repeated_points = estimate_dimensions(
+            store,
+            plugins.find("estimator", config.estimator),
+            standardise=config.standardise,
+            seed=config.probe_seed,
+        )
+    except DimensionError:
+        if store.num_filled == probe_set.num_documents:
+            raise
+        return None
+    return DimensionProfile(
         estimates=estimates,
         estimator=config.estimator,
         pooling=config.pooling,
         seed=config.probe_seed,
-        num_documents=probe_set.num_documents,
+        num_documents=store.num_filled,
         num_repeated_inputs=probe_set.num_repeats,
         num_repeated_points=num_repeated_points,
-        num_tokens=features.num_tokens,
-        seconds=time.perf_counter() - started,
-        data_fingerprint=probe_set.fingerprint,
+        data_fingerprint=probe_set.fingerprint(store.num_filled),
+        standardise=config.standardise,
+        target_std_error=config.target_std_error,
+        **facts,
     )
-    check_dimensions(profile)
-    return profile
 
 
-def estimate_dimensions(features: PooledFeatures, estimator: Any) -> tuple[tuple[DimensionEstimate, ...], int]:
-    """One estimate per boundary, all on the same documents, and how many documents were left out.
-
-    A document whose point coincides with another's at any boundary is left out at all of them. A boundary where
-    more than half of the points coincide, or fewer than 50 are distinct, has no dimension and no say in that.
-    """
-    coincide = [repeats(points) for points in features.points]
-    reasons = [_degenerate(mask) for mask in coincide]
-    dropped = torch.zeros_like(coincide[0])
-    for mask, reason in zip(coincide, reasons, strict=True):
-        if not reason:
-            dropped |= mask
-    kept = ~dropped
-    if int(kept.sum()) < MIN_POINTS:
-        raise DimensionError(
-            f"{int(kept.sum())} of {len(kept)} documents have a point of their own at every block boundary; expected "
-            f"at least {MIN_POINTS}. Measure on more, or more varied, data, or choose another pooling."
-        )
-    estimates = tuple(
-        DimensionEstimate(value=None, num_points=int((~mask).sum()), degenerate=reason)
-        if reason
-        else _estimate(estimator, points[kept], boundary)
-        for boundary, (points, mask, reason) in enumerate(zip(features.points, coincide, reasons, strict=True))
-    )
-    return estimates, int(dropped.sum())
-
-
-def _degenerate(repeated: Tensor) -> str:
-    distinct = int((~repeated).sum())
-    if distinct >= MIN_POINTS and 2 * distinct >= len(repeated):
-        return ""
-    return f"only {distinct} of {len(repeated)} points are distinct."
-
-
-def _estimate(estimator: Any, points: Tensor, boundary: int) -> DimensionEstimate:
-    try:
-        estimate = estimator(points)
-    except DimensionError as error:
-        raise DimensionError(f"Boundary {boundary}: {error}") from error
-    if not isinstance(estimate, DimensionEstimate):
-        raise DimensionError(f"The estimator returned a {type(estimate).__name__}; expected a DimensionEstimate.")
-    return estimate
-
-
-def _with_bar(probe_set: ProbeSet, config: GeLoRAConfig, progress: bool) -> Iterator[dict[str, Tensor]]:
-    total = -(-probe_set.num_documents // config.probe_batch_size)
-    yield from tqdm(probe_set.batches(), total=total, desc="GeLoRA probe", unit="batch", disable=not progress)
+def _is_known(profile: DimensionProfile) -> bool:
+    """Whether the growth over every block is known to the standard error that was asked for."""
+    known = [error for error in profile.growth_std_errors() if error is not None]
+    return profile.target_std_error is not None and bool(known) and max(known) <= profile.target_std_error

@@ -1,15 +1,17 @@
 """The plugin manager: built at first use, never at import."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.metadata import entry_points
+from types import FunctionType
 from typing import Any
 
 import pluggy
 
 from gelora_plugins import hookspecs
-from gelora_plugins.errors import ConfigError, PluginError
+from gelora_plugins.errors import ConfigError, GeLoRAError, PluginError
 
+BUILT_INS = "gelora"  # name of the plugin that the package brings itself
 _KINDS = {
     "estimator": "register_estimators",
     "pooling": "register_poolings",
@@ -28,7 +30,7 @@ def plugin_manager() -> pluggy.PluginManager:
 
     manager = pluggy.PluginManager("gelora")
     manager.add_hookspecs(hookspecs)
-    manager.register(builtin, "gelora")
+    manager.register(builtin, BUILT_INS)
     for entry in entry_points(group="gelora"):
         try:
             manager.register(entry.load(), entry.name)
@@ -77,5 +79,30 @@ def available(kind: str) -> dict[str, Callable[..., Any]]:
                     f"The gelora plugins {owners[name]!r} and {implementation.plugin_name!r} both register the "
                     f"{kind} {name!r}. Rename one, or uninstall one of them."
                 )
-            owners[name], known[name] = implementation.plugin_name, function
+            owners[name] = implementation.plugin_name
+            known[name] = _blamed(function, kind, name, owners[name])
     return known
+
+
+def _blamed(function: Callable[..., Any], kind: str, name: str, owner: str) -> Callable[..., Any]:
+    """`function`, whose unforeseen errors say whose it is; built-ins, and objects that are more than a function, as
+    they are."""
+    if owner == BUILT_INS or not isinstance(function, FunctionType):
+        return function
+
+    @wraps(function)
+    def blamed(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            from accelerate.utils.memory import should_reduce_batch_size  # loads torch
+
+            # Whoever called can do with less memory.
+            if isinstance(error, GeLoRAError) or should_reduce_batch_size(error):
+                raise
+            raise PluginError(
+                f"The {kind} {name!r} of the gelora plugin {owner!r} fails: {type(error).__name__}: {error}. Mend it, "
+                f"or choose another {kind}."
+            ) from error
+
+    return blamed

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from gelora_plugins import plugins
@@ -22,28 +23,41 @@ def make_plan(
     lora_alpha: float,
     use_rslora: bool = False,
 ) -> RankPlan:
-    """The ranks that `config.policy` gives `sites`, as a plan.
+    """The ranks that `config.policy` gives `sites`, and how often it gives others on redraws of `profile`, as a plan.
 
     Raises:
         ConfigError: the policy does not exist.
-        PlanError: the policy returned something else than one rank of at least 1 per site.
+        PlanError: the policy returned something else than one rank of at least 1 per site, for the profile or for one
+            of its redraws.
     """
-    ranks = plugins.find("policy", config.policy)(profile, sites, base_rank, config)
-    if not isinstance(ranks, Iterable):
-        raise PlanError(f"The policy {config.policy!r} returned {ranks!r:.80}; expected one rank per site.")
-    try:
-        return RankPlan(
-            sites=tuple(sites),
-            ranks=tuple(ranks),
-            base_rank=base_rank,
-            lora_alpha=lora_alpha,
-            use_rslora=use_rslora,
-            policy=config.policy,
-            rounding=config.rounding,
-            profile=profile,
-        )
-    except PlanError as error:
-        raise PlanError(f"The policy {config.policy!r} made no usable plan: {error}") from error
+    policy: Policy = plugins.find("policy", config.policy)
+
+    def chosen(measured: DimensionProfile) -> RankPlan:
+        ranks = policy(measured, sites, base_rank, config)
+        if not isinstance(ranks, Iterable):
+            raise PlanError(f"The policy {config.policy!r} returned {ranks!r:.80}; expected one rank per site.")
+        try:
+            return RankPlan(
+                sites=tuple(sites),
+                ranks=tuple(ranks),
+                base_rank=base_rank,
+                lora_alpha=lora_alpha,
+                use_rslora=use_rslora,
+                policy=config.policy,
+                rounding=config.rounding,
+                profile=measured,
+            )
+        except PlanError as error:
+            raise PlanError(f"The policy {config.policy!r} made no usable plan: {error}") from error
+
+    plan = chosen(profile)
+    redrawn = [chosen(redraw).ranks for redraw in profile.redraws()]
+    changes = tuple(
+        sum(other != rank for other in others) / len(others)
+        for rank, *others in zip(plan.ranks, *redrawn, strict=True)
+        if others
+    )
+    return replace(plan, rank_changes=changes)
 
 
 def needs(profile: DimensionProfile, sites: Sequence[Site]) -> list[float]:

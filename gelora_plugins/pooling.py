@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens, summed in float32."""
-    weights = mask.to(torch.float32) / mask.sum(dim=1, keepdim=True)
-    return torch.einsum("dtf,dt->df", hidden.float(), weights)
+    """Mean over the real tokens, summed in float32. What stands at padding, NaN too, has no say."""
+    total = hidden.masked_fill(~mask[:, :, None], 0).sum(dim=1, dtype=torch.float32)
+    return total / mask.sum(dim=1, keepdim=True)
 
 
 def first(hidden: Tensor, mask: Tensor) -> Tensor:

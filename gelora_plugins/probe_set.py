@@ -29,16 +29,37 @@ class ProbeSet:
     """What goes through the model.
 
     Attributes:
-        batches: makes the batches, on the CPU, each time it is called.
-        num_documents: documents in all batches.
+        documents: in the order of choice, which is random: tuples of token ids, or rows for a collator.
         num_repeats: inputs left out because the same input was already chosen.
-        fingerprint: SHA-256 over the token ids in the order of choice, or over the rows where there are none.
+        to_batch: makes a batch on the CPU of some of `documents`.
+        length: tokens of a document, or 0 where they are not known.
     """
 
-    batches: Callable[[], Iterator[Batch]]
-    num_documents: int
+    documents: Sequence[Any]
     num_repeats: int
-    fingerprint: str
+    to_batch: Callable[[Sequence[Any]], Batch]
+    length: Callable[[Any], int]
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents were chosen."""
+        return len(self.documents)
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Batches of the documents from `start` to `stop`, longest first: the largest batch fails first."""
+        ordered = sorted(self.documents[start:stop], key=self.length, reverse=True)
+        for i in range(0, len(ordered), batch_size):
+            yield self.to_batch(ordered[i : i + batch_size])
+
+    def fingerprint(self, count: int | None = None) -> str:
+        """SHA-256 over the first `count` documents in the order of choice: token ids, or rows where there are none."""
+        digest = hashlib.sha256()
+        for document in self.documents[:count]:
+            _digest(document, digest.update)
+        return digest.hexdigest()
+
+
+NO_DOCUMENTS = ProbeSet((), 0, lambda some: {}, lambda document: 0)  # where another process has them
 
 
 def choose_documents(dataset: Any, config: GeLoRAConfig, model_config: Any, collator: Collator | None) -> ProbeSet:
@@ -73,18 +94,9 @@ def choose_documents(dataset: Any, config: GeLoRAConfig, model_config: Any, coll
         if len(chosen) >= config.probe_samples:
             break
     documents = list(chosen)[: config.probe_samples]
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(repr(document).encode())
     fields = ("input_ids", "labels") if seq2seq else ("input_ids", "token_type_ids")
-    ordered = sorted(documents, key=lambda document: len(document[0]), reverse=True)  # the largest batch fails first
     pad = max(getattr(model_config, "pad_token_id", None) or 0, 0)  # old Llama configurations say -1
-
-    def batches() -> Iterator[Batch]:
-        for i in range(0, len(ordered), config.probe_batch_size):
-            yield _pad(ordered[i : i + config.probe_batch_size], fields, pad)
-
-    return ProbeSet(batches, len(documents), num_repeats, digest.hexdigest())
+    return ProbeSet(documents, num_repeats, lambda some: _pad(some, fields, pad), lambda document: len(document[0]))
 
 
 def _sample_rows(dataset: Any, config: GeLoRAConfig) -> Iterator[Any]:
@@ -174,33 +186,29 @@ def _collated(first: Any, rest: Iterator[Any], config: GeLoRAConfig, collator: C
         raise ProbeError(f"A row is {shape}; expected `input_ids`, or a collator that makes a batch of such rows.")
     rows = [first, *(row for row, _ in zip(rest, range(config.probe_samples - 1), strict=False))]
 
-    def batches() -> Iterator[Batch]:
-        for i in range(0, len(rows), config.probe_batch_size):
-            try:
-                batch = collator(rows[i : i + config.probe_batch_size])
-            except Exception as error:
-                raise ProbeError(
-                    f"The data collator failed on rows with {shape}: {type(error).__name__}: {error}. "
-                    "GeLoRA measures before training, so the rows must be ones that the collator takes."
-                ) from error
-            if not isinstance(batch, Mapping):
-                raise ProbeError(
-                    f"The data collator made a {type(batch).__name__} of rows with {shape}; expected a mapping of "
-                    "tensors. Give rows with `input_ids`."
-                )
-            yield {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    def to_batch(some: Sequence[Any]) -> Batch:
+        try:
+            batch = collator(list(some))
+        except Exception as error:
+            raise ProbeError(
+                f"The data collator failed on rows with {shape}: {type(error).__name__}: {error}. "
+                "GeLoRA measures before training, so the rows must be ones that the collator takes."
+            ) from error
+        if not isinstance(batch, Mapping):
+            raise ProbeError(
+                f"The data collator made a {type(batch).__name__} of rows with {shape}; expected a mapping of "
+                "tensors. Give rows with `input_ids`."
+            )
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
-    digest = hashlib.sha256()
-    for row in rows:
-        _digest(row, digest.update)
-    return ProbeSet(batches, len(rows), 0, digest.hexdigest())
+    return ProbeSet(rows, 0, to_batch, lambda row: 0)
 
 
 def _digest(value: Any, update: Callable[[bytes], None]) -> None:
     """Everything in `value`: the repr of a large tensor leaves entries out, that of an image holds its address."""
     if isinstance(value, Mapping):
         _digest(list(value.items()), update)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple)) and not all(type(entry) is int for entry in value):
         update(f"{len(value)} ".encode())
         for entry in value:
             _digest(entry, update)

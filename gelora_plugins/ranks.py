@@ -52,6 +52,8 @@ class RankPlan:
         policy: name of the policy that chose the ranks.
         rounding: how it made them whole.
         profile: what the ranks were chosen from.
+        rank_changes: for each site the share, 0 to 1, of `profile.redraws()` in which the policy gives another rank;
+            empty where the profile has none.
     """
 
     sites: tuple[Site, ...]
@@ -62,6 +64,7 @@ class RankPlan:
     policy: str
     rounding: str
     profile: DimensionProfile
+    rank_changes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.sites) or not self.sites:
@@ -79,6 +82,11 @@ class RankPlan:
         unknown = [site.name for site in self.sites if site.name not in blocks]
         if unknown:
             raise PlanError(f"The sites {', '.join(unknown)} are not blocks of the profile that the plan came from.")
+        if len(self.rank_changes) not in (0, len(self.sites)):
+            raise PlanError(f"A plan has {len(self.rank_changes)} rank changes for {len(self.sites)} sites.")
+        for share in self.rank_changes:
+            if not (records.is_number(share) and 0 <= share <= 1):
+                raise PlanError(f"A rank change is {share!r:.80}; expected a share of redraws, 0 to 1.")
 
     def __str__(self) -> str:
         from gelora_plugins.report import plan_table, render
@@ -137,6 +145,14 @@ class RankPlan:
                     f"{mine.get(name, 'nothing')} parameters in the plan and {theirs.get(name, 'nothing')} in the "
                     "model. Make a plan for this model and these target modules."
                 )
+        for site, rank in zip(self.sites, self.ranks, strict=True):
+            # Beyond that a rank adds nothing to any of them, and the matrices may not fit into memory.
+            most = max(site.parameters_per_rank, self.base_rank)
+            if rank > most:
+                raise PlanError(
+                    f"The rank of {site.name} is {rank}; its matrices have no more than {most} rows and columns "
+                    "together. Make the plan again."
+                )
 
     def check_scaling(self, r: int, lora_alpha: float, use_rslora: bool) -> None:
         """Raises PlanError unless the plan keeps the scaling of a LoRA configuration with these values.
@@ -186,6 +202,7 @@ class RankPlan:
             policy=get("policy", str),
             rounding=get("rounding", str),
             profile=DimensionProfile.from_dict(get("profile", dict)),
+            rank_changes=tuple(get("rank_changes", list)),
         )
 
 

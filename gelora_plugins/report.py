@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import platform
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from gelora_plugins.dimension import DimensionProfile
     from gelora_plugins.ranks import RankPlan
 
 _PACKAGES = ("gelora", "torch", "transformers", "peft", "trl", "axolotl")
-_COLUMNS = ("block", "dimension in", "dimension out", "rank", "parameters")
+_COLUMNS = ("block", "dimension in", "dimension out", "rank", "may differ", "parameters")
+_UNSURE = 0.05  # a rank that changes in more redraws than this counts as unsure
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class RankReport:
     trainable_after: int | None = None
 
     def __str__(self) -> str:
-        return render(plan_table(self.plan)) + "".join(f"{line}\n" for line in self.lines())
+        return render(plan_table(self.plan)) + "\n" + "".join(f"{line}\n" for line in self.lines())
 
     def lines(self) -> list[str]:
         """Totals, cost and notes, one sentence each."""
@@ -46,8 +49,10 @@ class RankReport:
         lines = [
             f"LoRA parameters in the blocks: {plan.num_base_parameters:,} at r = {plan.base_rank}, "
             f"{plan.num_parameters:,} as planned ({share:.0%}). Scaling {plan.scaling:g} everywhere.",
-            f"Policy {plan.policy}, estimator {profile.estimator}, pooling {profile.pooling}. Measured on "
+            f"Policy {plan.policy}, estimator {profile.estimator}, pooling {profile.pooling}"
+            f"{', coordinates standardised' if profile.standardise else ''}. Measured on "
             f"{profile.num_documents:,} documents, {profile.num_tokens:,} tokens, in {profile.seconds:.1f} s.",
+            *_sureness(plan),
         ]
         if self.trainable_before is not None and self.trainable_after is not None:
             lines.append(f"Trainable parameters: {self.trainable_before:,} before, {self.trainable_after:,} after.")
@@ -67,9 +72,10 @@ class RankReport:
 
     def to_markdown(self) -> str:
         """The table and the lines below it."""
-        rows = [_COLUMNS, tuple("---" for _ in _COLUMNS), *_rows(self.plan)]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-        return f"# LoRA ranks by GeLoRA\n\n{table}\n\n" + "".join(f"{line}\n\n" for line in self.lines())
+        rows = [_COLUMNS, tuple("---" for _ in _COLUMNS)]
+        rows += [(_escaped(name), *numbers) for name, *numbers in _rows(self.plan)]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return f"# LoRA ranks by GeLoRA\n\n{table}\n\n" + "".join(f"{_escaped(line)}\n\n" for line in self.lines())
 
     def write(self, output_dir: str | os.PathLike[str]) -> list[Path]:
         """Write plan.json, report.json, report.md and, where matplotlib is installed, ranks.png; return the paths."""
@@ -95,11 +101,34 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _escaped(text: str) -> str:
+    """`text` for Markdown: names of modules and plugins are anybody's, and may look like a table, HTML or a link."""
+    return re.sub(r"([\\`*<>\[\]|&])", r"\\\1", " ".join(text.split()))
+
+
+def _sureness(plan: RankPlan) -> list[str]:
+    """How well the growths are known, and how much the ranks depend on the draw of the documents."""
+    known = [error for error in plan.profile.growth_std_errors() if error is not None]
+    if not known or not plan.rank_changes:
+        return [
+            f"The estimator {plan.profile.estimator} gives no standard errors: how sure the ranks are is not known."
+        ]
+    num_redraws = max(len(estimate.replicates) for estimate in plan.profile.estimates)
+    unsure = sum(share > _UNSURE for share in plan.rank_changes)
+    return [
+        f"The growth over a block is known to a standard error of {min(known):.2f} to {max(known):.2f}.",
+        f"May differ: the share of {num_redraws} redraws of the measured dimensions, from random halves of the "
+        f"documents, in which the policy chooses another rank. It is above {_UNSURE:.0%} at {unsure} of "
+        f"{len(plan.ranks)} blocks.",
+    ]
+
+
 def _rows(plan: RankPlan) -> list[tuple[str, ...]]:
     profile = plan.profile
     at = dict(zip((block.name for block in profile.layout.blocks), profile.layout.block_boundaries(), strict=True))
     rows: list[tuple[str, ...]] = []
-    for site, rank in zip(plan.sites, plan.ranks, strict=True):
+    changes = plan.rank_changes or (None,) * len(plan.ranks)
+    for site, rank, change in zip(plan.sites, plan.ranks, changes, strict=True):
         before, after = at[site.name]
         rows.append(
             (
@@ -107,6 +136,7 @@ def _rows(plan: RankPlan) -> list[tuple[str, ...]]:
                 str(profile.estimates[before]),
                 str(profile.estimates[after]),
                 str(rank),
+                "-" if change is None else f"{change:.0%}",
                 f"{rank * site.parameters_per_rank:,}",
             )
         )
@@ -114,18 +144,22 @@ def _rows(plan: RankPlan) -> list[tuple[str, ...]]:
 
 
 def plan_table(plan: RankPlan) -> Table:
-    """The plan as a rich table: block, dimension in and out with interval, rank, LoRA parameters."""
+    """The plan as a rich table: block, dimension in and out with interval, rank and how sure it is, LoRA parameters."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="LoRA ranks by GeLoRA", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="LoRA ranks by GeLoRA\n", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False
+    )
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "block" else "right", no_wrap=column != "block")
+        head = column.replace(" ", "\n")  # narrow, so that names of 15 letters are whole on 80 columns
+        table.add_column(head, justify="left" if column == "block" else "right", no_wrap=column != "block")
     for row in _rows(plan):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     table.add_section()
     mean = sum(plan.ranks) / len(plan.ranks)
-    table.add_row("all (mean rank)", "", "", f"{mean:.2f}", f"{plan.num_parameters:,}")
+    table.add_row("all (mean rank)", "", "", f"{mean:.2f}", "", f"{plan.num_parameters:,}")
     return table
 
 
@@ -141,6 +175,8 @@ def render(table: Table) -> str:
 def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     """The dimension at every boundary with its interval above, the ranks below, as PNG, SVG or PDF by the suffix.
 
+    A rank is the paler, the more of the redraws have another.
+
     Raises:
         ImportError: matplotlib is not installed (`pip install "gelora[plot]"`).
     """
@@ -149,26 +185,47 @@ def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     profile = plan.profile
+    _draw_dimensions(profile, above)
+    _draw_ranks(plan, below)
+    above.set_title(
+        f"{profile.layout.model_type}: {profile.num_documents} documents, {profile.pooling} pooling, "
+        f"{profile.estimator}; ranks by {plan.policy}",
+        parse_math=False,
+    )
+    below.set_xlabel("block (each boundary lies between two blocks)")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)
+    records.write_bytes(path, drawn.getvalue())
+
+
+def _draw_dimensions(profile: DimensionProfile, axes: Any) -> None:
     first = 0
     for stack in profile.layout.stacks:
         boundaries = range(first, first + len(stack) + 1)
         known = [(b, e) for b in boundaries if (e := profile.estimates[b]).value is not None]
         x = [b - 0.5 for b, _ in known]
-        above.plot(x, [e.value for _, e in known], color="tab:blue", marker="o", markersize=3)
+        axes.plot(x, [e.value for _, e in known], color="tab:blue", marker="o", markersize=3)
         intervals = [(b - 0.5, *e.interval) for b, e in known if e.interval is not None]
         if intervals:
-            above.fill_between(*zip(*intervals, strict=True), color="tab:blue", alpha=0.2, linewidth=0)
+            axes.fill_between(*zip(*intervals, strict=True), color="tab:blue", alpha=0.2, linewidth=0)
         first += len(stack) + 1
-    at = dict(zip((b.name for b in profile.layout.blocks), profile.layout.block_boundaries(), strict=True))
-    below.bar([at[site.name][0] for site in plan.sites], plan.ranks, color="tab:orange", width=0.8)
-    below.axhline(plan.base_rank, color="gray", linestyle="--", linewidth=1)
-    below.text(1.0, plan.base_rank, f" r = {plan.base_rank}", transform=below.get_yaxis_transform(), color="gray")
-    below.yaxis.get_major_locator().set_params(integer=True)
-    above.set_ylabel("intrinsic dimension")
-    above.set_title(
-        f"{profile.layout.model_type}: {profile.num_documents} documents, {profile.pooling} pooling, "
-        f"{profile.estimator}; ranks by {plan.policy}"
-    )
-    below.set_ylabel("LoRA rank")
-    below.set_xlabel("block (each boundary lies between two blocks)")
-    figure.savefig(path, dpi=120)
+    axes.set_ylabel("intrinsic dimension")
+
+
+def _draw_ranks(plan: RankPlan, axes: Any) -> None:
+    at = dict(zip((b.name for b in plan.profile.layout.blocks), plan.profile.layout.block_boundaries(), strict=True))
+    bars = axes.bar([at[site.name][0] for site in plan.sites], plan.ranks, color="tab:orange", width=0.8)
+    for bar, change in zip(bars, plan.rank_changes, strict=bool(plan.rank_changes)):
+        bar.set_alpha(_paleness(change))
+    if plan.rank_changes:
+        for change in (0.0, 0.5, 1.0):
+            axes.bar(0, 0, color="tab:orange", alpha=_paleness(change), label=f"{change:.0%}")
+        axes.legend(title="may differ", ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
+    axes.axhline(plan.base_rank, color="gray", linestyle="--", linewidth=1)
+    axes.text(1.0, plan.base_rank, f" r = {plan.base_rank}", transform=axes.get_yaxis_transform(), color="gray")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("LoRA rank")
+
+
+def _paleness(change: float) -> float:
+    return 1 - 0.75 * change

@@ -95,7 +95,7 @@ class GeLoRAPlugin(BasePlugin):
         config = read_section(cfg)
         if config.plan is None:
             return {}
-        from gelora_plugins.adapter import with_plan
+        from gelora_plugins.lora_config import with_plan
         from gelora_plugins.ranks import RankPlan
 
         try:

@@ -85,7 +85,7 @@ def patterns_yaml(plan: RankPlan, config: LoraConfig) -> str:
     """
     import yaml
 
-    from gelora_plugins.adapter import with_plan
+    from gelora_plugins.lora_config import with_plan
 
     planned = with_plan(config, plan)
     if not all(isinstance(alpha, int) for alpha in planned.alpha_pattern.values()):

@@ -1,5 +1,7 @@
 """Profiles, sites and plans with chosen numbers, for tests of what is done with them."""
 
+import random
+
 from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
 from gelora_plugins.layout import Block, Linear, ModelLayout
 from gelora_plugins.ranks import RankPlan, Site
@@ -7,8 +9,12 @@ from gelora_plugins.ranks import RankPlan, Site
 SST2 = (15.0, 17.2, 17.8, 17.4, 17.8, 19.1, 16.2)  # all-MiniLM-L6, mean pooling, 2000 training rows
 
 
-def make_profile(*stacks):
-    """A profile with these dimensions, one sequence per stack; None is a boundary without a dimension."""
+def make_profile(*stacks, replicates=0, spread=0.1):
+    """A profile with these dimensions, one sequence per stack; None is a boundary without a dimension.
+
+    With `replicates`, each dimension has that many, of the standard deviation `spread`, independent of the others.
+    """
+    rng = random.Random(0)
     names = ["model.layers"] if len(stacks) == 1 else ["encoder.block", "decoder.block"]
     layout = ModelLayout(
         model_type="test",
@@ -23,7 +29,11 @@ def make_profile(*stacks):
     )
     return DimensionProfile(
         layout=layout,
-        estimates=tuple(_estimate(value) for dimensions in stacks for value in dimensions),
+        estimates=tuple(
+            _estimate(value, tuple(rng.gauss(value, spread) for _ in range(replicates)) if value is not None else ())
+            for dimensions in stacks
+            for value in dimensions
+        ),
         estimator="twonn_mle",
         pooling="mean",
         seed=0,
@@ -42,9 +52,11 @@ def make_sites(profile, costs=None):
     return tuple(Site(block.name, cost) for block, cost in zip(blocks, costs or [56] * len(blocks), strict=True))
 
 
-def make_plan(dimensions=SST2, ranks=(3, 2, 1, 2, 2, 1), base_rank=8, lora_alpha=16, use_rslora=False):
-    """A plan with these ranks, all its records filled."""
-    profile = make_profile(dimensions)
+def make_plan(
+    dimensions=SST2, ranks=(3, 2, 1, 2, 2, 1), base_rank=8, lora_alpha=16, use_rslora=False, rank_changes=(), **options
+):
+    """A plan with these ranks, all its records filled; `options` go to `make_profile`."""
+    profile = make_profile(dimensions, **options)
     return RankPlan(
         sites=make_sites(profile),
         ranks=tuple(ranks),
@@ -54,10 +66,17 @@ def make_plan(dimensions=SST2, ranks=(3, 2, 1, 2, 2, 1), base_rank=8, lora_alpha
         policy="gelora",
         rounding="dimensions",
         profile=profile,
+        rank_changes=tuple(rank_changes),
     )
 
 
-def _estimate(value):
+def _estimate(value, replicates):
     if value is None:
         return DimensionEstimate(value=None, num_points=1, degenerate="only 1 of 998 points are distinct.")
-    return DimensionEstimate(value=value, num_points=998, std_error=value / 30, interval=(0.9 * value, 1.1 * value))
+    return DimensionEstimate(
+        value=value,
+        num_points=998,
+        std_error=value / 30,
+        interval=(0.9 * value, 1.1 * value),
+        replicates=replicates,
+    )

@@ -18,17 +18,43 @@ def options() -> str:
 
 def estimators() -> str:
     recorded = result("estimators")
-    found = {(row["density"], row["dimension"], row["estimator"]): row for row in recorded["rows"]}
     lines = [
-        "| density, true dimension | `twonn` mean ± sd | `twonn_mle` mean ± sd | its stated error | its coverage |",
+        "| density, true dimension | estimator | mean ± sd | its stated error | its coverage |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for density, dimension in dict.fromkeys((row["density"], row["dimension"]) for row in recorded["rows"]):
-        fit, mle = (found[density, dimension, name] for name in ("twonn", "twonn_mle"))
-        lines.append(
-            f"| {density}, {dimension} | {fit['mean']:.2f} ± {fit['sd']:.2f} | {mle['mean']:.2f} ± {mle['sd']:.2f} | "
-            f"{mle['stated_se']:.2f} | {mle['coverage']:.0%} |"
-        )
+    lines += [
+        f"| {row['density']}, {row['dimension']} | `{row['estimator']}` | {row['mean']:.2f} ± {row['sd']:.2f} | "
+        f"{row['stated_se']:.2f} | {row['coverage']:.0%} |"
+        for row in recorded["rows"]
+    ]
+    old = [row["coverage_as_if_independent"] for row in recorded["rows"] if "coverage_as_if_independent" in row]
+    new = [row["coverage"] for row in recorded["rows"] if "coverage_as_if_independent" in row]
+    return "\n".join(lines) + (
+        f"\n\nThe interval of `twonn_mle` holds in {min(new):.0%} to {max(new):.0%} of the sets; one that takes the "
+        f"ratios for independent, in {min(old):.0%} to {max(old):.0%}."
+    )
+
+
+def growth_errors() -> str:
+    lines = [
+        "| dimension | estimator | true error of a growth | stated / true (least, most) | as if unrelated / true |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['dimension']} | `{row['estimator']}` | {row['true_se']:.2f} | {row['stated_over_true']:.2f} "
+        f"({row['least']:.2f}, {row['most']:.2f}) | {row['unrelated_over_true']:.2f} |"
+        for row in result("estimators")["differences"]
+    ]
+    return "\n".join(lines)
+
+
+def neighbours() -> str:
+    recorded = result("neighbours")
+    names = list(recorded["rows"][-1]["over_product"])[1:]  # the first is the product itself
+    lines = [f"| points | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for row in recorded["rows"]:
+        ratios = [f"{row['over_product'][name]:.2f}" for name in names]
+        lines.append(f"| {row['points']:,} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 
@@ -49,12 +75,54 @@ def probe_cost() -> str:
     )
 
 
+def against_eva() -> str:
+    found = result("against_eva")
+    seconds, peaks = found["median_seconds"], found["median_peak_bytes"]
+    return (
+        f"{found['rows']} rows of {found['tokens']} tokens, SmolLM2-135M, all linear maps: GeLoRA "
+        f"{seconds['gelora']:.0f} s and {_mib(peaks['gelora'])} beyond the model, PEFT's EVA {seconds['eva']:.0f} s "
+        f"and {_mib(peaks['eva'])}; EVA takes {found['median_ratio_of_seconds']:.0f} times as long (median of "
+        f"{len(found['runs']['eva'])} rounds)."
+    )
+
+
+def sensitivity() -> str:
+    found = result("sensitivity")
+    lines = [
+        "| setting | growth correlation | `gelora`: mean, range | differ at, by | `budget`: range | differ at, by |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for outcome in found["outcomes"]:
+        name, correlation = outcome["setting"]["name"], outcome["correlation"]
+        if outcome["reason"]:
+            lines.append(f"| {name} | - | - | - | - | - |")
+            continue
+        published, budget = (outcome["summary"][policy] for policy in ("gelora", "budget"))
+        lines.append(
+            f"| {name} | {'-' if correlation is None else f'{correlation:.2f}'} | {published['mean']:.2f}, "
+            f"{_range(published)} | {_difference(published)} | {_range(budget)} | {_difference(budget)} |"
+        )
+    return "\n".join(lines)
+
+
+def _range(summary: dict[str, Any]) -> str:
+    return f"{summary['lowest']}-{summary['highest']}"
+
+
+def _difference(summary: dict[str, Any]) -> str:
+    return f"{summary['blocks_that_differ']}, {summary['mean_difference']:.2f}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
 def result(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
-PARTS = (options, estimators, startup, probe_cost)
+PARTS = (options, estimators, growth_errors, neighbours, startup, probe_cost, against_eva, sensitivity)
 
 if __name__ == "__main__":
     print("\n\n".join(part() for part in PARTS))

@@ -64,16 +64,16 @@ class TestResume:
         checkpoint = str(killed.output_dir / "checkpoint-2")
         run = workplace.train("resumed", max_steps=STEPS, resume_from_checkpoint=checkpoint)
         self.check(run, plan)
-        assert not (run.output_dir / "gelora").exists()
+        assert run.plan == plan
 
     def test_automatically(self, workplace, killed, plan):
         saved = killed.output_dir / "gelora" / "plan.json"
-        before = saved.stat()
+        before = saved.stat().st_mtime_ns
         run = workplace.train(
             "continued", output_dir="interrupted", max_steps=STEPS, save_steps=2, auto_resume_from_checkpoints=True
         )
         self.check(run, plan)
-        assert saved.stat() == before
+        assert saved.stat().st_mtime_ns == before
 
     def check(self, run, plan):
         assert run.returncode == 0, run.log

@@ -37,6 +37,6 @@ def test_an_installed_plugin_adds_an_estimator_and_a_layout(tmp_path: Path) -> N
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PLUGIN.parents[1]}"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True, text=True)
     estimators, ranks, blocks = done.stdout.strip().splitlines()
-    assert estimators == "['participation_ratio', 'twonn', 'twonn_mle']"
+    assert estimators == "['gride', 'mle', 'participation_ratio', 'twonn', 'twonn_mle']"
     assert len(eval(ranks)) == 3
     assert blocks == "['blocks.0', 'blocks.1']"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, RankPlan, apply_plan, prepare_trainer, select_ranks
 from gelora_plugins.errors import (
@@ -23,7 +21,6 @@ from tests.training import (
     LORA,
     Watch,
     layers,
-    losses,
     matrices,
     peft_model,
     ranks_by_block,
@@ -187,55 +184,7 @@ def test_rows_that_only_the_collator_understands(tmp_path: Path) -> None:
     assert saved_plan(tmp_path).ranks == plain.ranks
 
 
-# Again and later
-
-
-def test_a_second_train_keeps_the_ranks_and_measures_nothing(tmp_path: Path) -> None:
-    trainer = trainer_for(peft_model(), tmp_path, GeLoRACallback(GeLoRAConfig(policy="budget")))
-    trainer.train()
-    ranks = ranks_by_block(trainer.model)
-    shutil.rmtree(tmp_path / "gelora")
-    trainer.train()
-    assert ranks_by_block(trainer.model) == ranks
-    assert not (tmp_path / "gelora").exists()
-
-
-@pytest.mark.parametrize("bare", [False, True])
-def test_resuming_restores_the_ranks_of_the_checkpoint_and_measures_nothing(tmp_path: Path, bare: bool) -> None:
-    def make(callback_seed: int) -> Trainer:
-        config = GeLoRAConfig(policy="budget", probe_seed=callback_seed, probe_samples=60)
-        callback = GeLoRACallback(config, lora_config=LoraConfig(**LORA) if bare else None)
-        model = build("llama") if bare else peft_model()
-        return trainer_for(model, tmp_path, callback, max_steps=4, save_strategy="steps", save_steps=2)
-
-    whole = make(0)
-    whole.train()
-    shutil.rmtree(tmp_path / "gelora")
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed = make(1)
-    resumed.train(resume_from_checkpoint=True)
-    assert ranks_by_block(resumed.model) == ranks_by_block(whole.model)
-    assert not (tmp_path / "gelora").exists()
-    assert losses(resumed)[-1] == pytest.approx(losses(whole)[-1], abs=1e-6)
-
-
-def test_every_model_of_model_init_gets_the_ranks(tmp_path: Path) -> None:
-    made: list[PeftModel] = []
-
-    def model_init() -> PeftModel:
-        made.append(peft_model())
-        return made[-1]
-
-    watch = Watch()
-    callback = GeLoRACallback(GeLoRAConfig(policy="budget"))
-    trainer = trainer_for(None, tmp_path, callback, model_init=model_init)
-    trainer.add_callback(watch)
-    trainer.train()
-    first = ranks_by_block(trainer.model)
-    trainer.train()
-    assert trainer.model is made[-1]
-    assert ranks_by_block(trainer.model) == first != [4, 4, 4]
-    assert all(not torch.equal(value, watch.before[name]) for name, value in matrices(trainer.model).items())
+# Not at all
 
 
 def test_keep_on_failure_trains_with_the_users_ranks_and_says_so(

@@ -19,13 +19,17 @@ MODULES = ENGINE | ADAPTERS
 LAYERS = [
     {"errors"},
     {"config", "records"},
-    {"hookspecs", "layout", "pooling", "probe_set", "rows"},
-    {"builtin", "dimension", "features", "plugins"},
+    {"hookspecs", "layout", "neighbours", "pooling", "probe_set", "processes", "rows", "storage"},
+    {"builtin", "dimension", "features", "plugins", "resampling"},
     {"estimators", "ranks"},
-    {"adapter", "policies", "report"},
+    {"lora_config"},
+    {"adapter", "boundaries", "policies", "report"},
     {"pipeline"},
     set(ADAPTERS),
-    {"cli", "compare", "demo", "export"},
+    {"compare_methods", "compare_stats", "compare_tasks"},
+    {"compare_bench", "compare_pictures", "compare_report"},
+    {"compare_training"},
+    {"cli", "compare", "demo", "export", "sensitivity"},
 ]
 COMMANDS = LAYERS[-1]
 HEAVY = {"torch", "transformers", "peft", "trl", "axolotl", "numpy"}

@@ -34,6 +34,15 @@ def parse(*arguments):
             for value in ("warn", None, True)
         ],
         *[
+            ("feature_storage", value, f"feature_storage is {value!r}; expected one of: memory, half, disk.")
+            for value in ("ram", None, True)
+        ],
+        *[("standardise", value, f"standardise is {value!r}; expected true or false.") for value in (None, 1, "true")],
+        *[
+            ("target_std_error", value, f"target_std_error is {value!r}; expected a positive number, or nothing.")
+            for value in (0, -0.1, float("nan"), True, "0.1")
+        ],
+        *[
             (name, value, f"{name} is {value!r}; expected the name of one, as a string.")
             for name in ("policy", "estimator", "pooling")
             for value in (None, 3, ["mean"])
@@ -56,6 +65,9 @@ def test_a_value_out_of_range_is_refused_with_what_was_expected(name, value, mes
         ("probe_seed", 0),
         *[("rounding", value) for value in ("nearest", "ceil", "floor", "dimensions")],
         *[("on_failure", value) for value in ("raise", "keep")],
+        *[("feature_storage", value) for value in ("memory", "half", "disk")],
+        ("standardise", True),
+        *[("target_std_error", value) for value in (None, 0.25, 1)],
         ("plan", "plan.json"),
         ("policy", "of-a-plugin"),
     ],
@@ -117,6 +129,9 @@ def test_the_argument_parser_of_transformers_reads_it():
     assert parse("--policy", "budget") == GeLoRAConfig(policy="budget")
     assert parse("--probe_samples", "64", "--plan", "p.json", "--probe-seed", "3") == GeLoRAConfig(
         probe_samples=64, plan="p.json", probe_seed=3
+    )
+    assert parse("--standardise", "--target_std_error", "0.3", "--feature_storage", "disk") == GeLoRAConfig(
+        standardise=True, target_std_error=0.3, feature_storage="disk"
     )
 
 

@@ -1,18 +1,22 @@
 import pickle
 import random
+import warnings
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from gelora_plugins import pooling
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
-from gelora_plugins.features import collect_features
+from gelora_plugins.features import input_device
 from gelora_plugins.layout import Block, ModelLayout, find_transformers_layout
 from gelora_plugins.probe_set import choose_documents
+from tests import probing
 from tests.tiny import BLOCKS, VOCABULARY, build
 
 LENGTHS = (9, 4, 7, 2, 12, 5, 1)  # all different: batches are sorted by length, and so can be told apart
@@ -39,8 +43,8 @@ def is_seq2seq(model):
 
 
 def features_of(model, rows, pool=pooling.mean):
-    batches = choose_documents(rows, CONFIG, model.config, None).batches()
-    return collect_features(model, find_transformers_layout(model), batches, pool)
+    batches = choose_documents(rows, CONFIG, model.config, None).batches(CONFIG.probe_batch_size)
+    return probing.features_of(model, find_transformers_layout(model), batches, pool)
 
 
 def reference(model, rows, pool):
@@ -112,7 +116,7 @@ def test_a_batch_that_is_padded_on_the_left_gives_the_same_points():
     left = {name: torch.tensor([value]) for name, value in left_padded(row, 0).items()}
     for name, (pool, plain) in POOLINGS.items():
         for ours, theirs in zip(
-            collect_features(model, layout, [left], pool).points, reference(model, [row], plain), strict=True
+            probing.features_of(model, layout, [left], pool).points, reference(model, [row], plain), strict=True
         ):
             assert torch.allclose(ours, theirs, atol=1e-5), name
 
@@ -138,7 +142,7 @@ def test_the_decoder_mask_comes_from_labels_that_a_collator_padded(family):
         "attention_mask": torch.tensor([[1] * 9, [1] * 4 + [0] * 5]),
         "labels": torch.tensor([rows[0]["labels"] + [-100] * 5, rows[1]["labels"]]),
     }
-    features = collect_features(model, find_transformers_layout(model), [batch], pooling.mean)
+    features = probing.features_of(model, find_transformers_layout(model), [batch], pooling.mean)
     for ours, theirs in zip(features.points, reference(model, rows, lambda hidden: hidden.mean(dim=0)), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
     assert features.num_tokens == 9 + 4 + 5 + 10
@@ -147,7 +151,7 @@ def test_the_decoder_mask_comes_from_labels_that_a_collator_padded(family):
 def test_an_image_model_counts_every_patch():
     model = build("vit").eval()
     images = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
-    features = collect_features(model, find_transformers_layout(model), [images], pooling.mean)
+    features = probing.features_of(model, find_transformers_layout(model), [images], pooling.mean)
     with torch.no_grad():
         hidden = model.vit(**images, output_hidden_states=True).hidden_states
     assert torch.allclose(features.points[1], hidden[1].mean(dim=1), atol=1e-5)
@@ -161,8 +165,8 @@ def test_a_fresh_adapter_does_not_change_the_points():
     batches = choose_documents(rows, CONFIG, plain.config, None).batches
     layout = find_transformers_layout(adapted)
     assert_same(
-        collect_features(adapted, layout, batches(), pooling.mean),
-        collect_features(plain, layout, batches(), pooling.mean),
+        probing.features_of(adapted, layout, batches(3), pooling.mean),
+        probing.features_of(plain, layout, batches(3), pooling.mean),
     )
 
 
@@ -214,6 +218,93 @@ def test_labels_are_kept_from_a_model_that_is_its_own_backbone():
     features_of(model, random_rows(seq2seq=True))
     assert losses
     assert set(losses) == {None}
+
+
+def test_the_head_of_a_model_that_is_its_own_backbone_reads_one_token_and_no_more():
+    model = build("t5")
+    read = []
+    model.lm_head.register_forward_hook(lambda module, args, output: read.append(output.shape[1]))
+    rows = random_rows(seq2seq=True)
+    features_of(model, rows)
+    assert set(read) == {1}
+    model(**{name: torch.tensor([value]) for name, value in rows[0].items()})
+    assert read[-1] == len(rows[0]["labels"]) > 1
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_what_stands_at_padding_has_no_say_even_when_it_is_not_a_number(name):
+    ours, plain = POOLINGS[name]
+    hidden = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    expected = torch.stack([plain(hidden[0, :2]), plain(hidden[1, 1:])])
+    hidden[~mask] = float("nan")
+    assert torch.allclose(ours(hidden, mask), expected)
+
+
+def test_the_mean_is_summed_in_float32():
+    hidden = torch.ones(1, 4096, 1, dtype=torch.bfloat16)  # bfloat16 stops counting ones at 256
+    hidden[:, ::2] += 2**-7
+    mask = torch.ones(1, 4096, dtype=torch.bool)
+    assert pooling.mean(hidden, mask).item() == 1 + 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_model_runs_in_its_own_dtype(dtype):
+    model, seen = build("llama").to(dtype), []
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    features_of(model, random_rows())
+    assert set(seen) == {dtype}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_gradient_checkpointing_changes_nothing_and_warns_of_nothing(family, reentrant, caplog):
+    model = build(family)
+    rows = random_rows(is_seq2seq(model))
+    plain = features_of(model, rows)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(features_of(model, rows), plain)
+    assert not caplog.records
+    assert model.is_gradient_checkpointing
+    assert not any(points.requires_grad for points in features_of(model, rows).points)
+
+
+# Weights that are elsewhere between calls
+
+
+def offloaded(model, how, directory):
+    if how == "cpu":
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if how == "disk":
+        return accelerate.disk_offload(model, directory, execution_device=torch.device("cpu"))
+    whole = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(BLOCKS)}
+    return accelerate.dispatch_model(model, {**whole, **layers}, main_device="cpu", offload_dir=directory)
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk", "some layers on disk"])
+def test_offloaded_weights_are_measured_and_go_back(how, tmp_path):
+    plain = features_of(build("llama"), random_rows())
+    model = offloaded(build("llama"), how, str(tmp_path))
+    devices = {name: p.device for name, p in model.named_parameters()}
+    assert torch.device("meta") in devices.values()
+    layout = find_transformers_layout(model)
+    batches = choose_documents(random_rows(), CONFIG, build("llama").config, None).batches(CONFIG.probe_batch_size)
+    assert_same(probing.features_of(model, layout, batches, pooling.mean), plain)
+    assert {name: p.device for name, p in model.named_parameters()} == devices
+
+
+def test_inputs_go_where_the_first_parameters_are_needed():
+    model = build("llama")
+    assert input_device(model.model) == torch.device("cpu")
+    for name, device in (("model", None), ("model.embed_tokens", "meta"), ("model.norm", "cpu")):
+        hook = AlignDevicesHook(io_same_device=True)  # None: wherever the inputs are
+        hook.execution_device = device
+        model.get_submodule(name)._hf_hook = SequentialHook(ModelHook(), hook)
+    assert input_device(model.model) == torch.device("meta")
 
 
 # Traces
@@ -290,7 +381,7 @@ def test_nothing_stays_when_the_batches_fail():
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        collect_features(model, find_transformers_layout(model), batches(), pooling.mean)
+        probing.features_of(model, find_transformers_layout(model), batches(), pooling.mean)
     assert trace(model) == before
 
 
@@ -349,7 +440,7 @@ class Chain(nn.Module):
 
 
 def probe(chain, batch=None, pool=pooling.mean):
-    return collect_features(chain, chain.layout, [batch or {"input_ids": torch.tensor([[5, 6, 7, 8]])}], pool)
+    return probing.features_of(chain, chain.layout, [batch or {"input_ids": torch.tensor([[5, 6, 7, 8]])}], pool)
 
 
 def test_a_model_that_is_not_of_transformers_is_measured_with_its_layout():
@@ -404,7 +495,9 @@ def test_an_encoder_decoder_without_labels_is_an_error():
     with pytest.raises(
         ProbeError, match="T5ForConditionalGeneration needs decoder inputs; expected `decoder_input_ids`"
     ):
-        collect_features(model, find_transformers_layout(model), [{"input_ids": torch.tensor([[5, 6]])}], pooling.mean)
+        probing.features_of(
+            model, find_transformers_layout(model), [{"input_ids": torch.tensor([[5, 6]])}], pooling.mean
+        )
 
 
 def assert_same(features, others):

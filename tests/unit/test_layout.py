@@ -9,11 +9,11 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, ModernBertForMaskedLM
 
 from gelora_plugins.errors import LayoutError, PlanError
-from gelora_plugins.features import collect_features
 from gelora_plugins.hookspecs import hookimpl
 from gelora_plugins.layout import Block, Linear, ModelLayout, find_transformers_layout
 from gelora_plugins.pipeline import find_layout
 from gelora_plugins.plugins import plugin_manager
+from tests.probing import features_of
 from tests.tiny import BLOCKS, DECODER_BLOCKS, VOCABULARY, build
 
 LLAMA_BLOCK = [
@@ -222,7 +222,7 @@ def test_recorded_boundaries_are_the_hidden_states_of_the_model(family):
     model = build(family, bare=True).eval()
     layout = find_transformers_layout(model)
     inputs = random_inputs(family)
-    recorded = collect_features(model, layout, [inputs], lambda hidden, mask: hidden.flatten(1)).points
+    recorded = features_of(model, layout, [inputs], lambda hidden, mask: hidden.flatten(1)).points
     with torch.no_grad():
         outputs = model(**inputs, output_hidden_states=True)
         given = outputs.hidden_states if "hidden_states" in outputs else outputs.encoder_hidden_states

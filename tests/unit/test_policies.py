@@ -1,3 +1,4 @@
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -8,8 +9,7 @@ from gelora_plugins import plugins
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, DimensionError, PlanError
 from gelora_plugins.hookspecs import hookimpl
-from gelora_plugins.pipeline import make_plan
-from gelora_plugins.policies import budget, check_dimensions, gelora, needs, uniform
+from gelora_plugins.policies import budget, check_dimensions, gelora, make_plan, needs, uniform
 from tests.plans import SST2, make_profile, make_sites
 
 CONFIG = GeLoRAConfig()
@@ -197,7 +197,7 @@ def test_a_boundary_that_leaves_a_block_needs_a_dimension(stacks, boundary):
 
 @pytest.fixture
 def policy():
-    """A function that registers a policy `strange` which returns its argument."""
+    """A function that registers a policy `strange` which returns its argument, or what that returns if called."""
     manager = plugins.plugin_manager()
     registered = []
 
@@ -206,7 +206,7 @@ def policy():
             @staticmethod
             @hookimpl
             def register_rank_policies():
-                return {"strange": lambda profile, sites, base_rank, config: ranks}
+                return {"strange": lambda *arguments: ranks() if callable(ranks) else ranks}
 
         registered.append(manager.register(Plugin))
 
@@ -215,8 +215,8 @@ def policy():
         manager.unregister(name=name)
 
 
-def plan_of(policy_name, base_rank=8):
-    profile = make_profile(SST2)
+def plan_of(policy_name, base_rank=8, **options):
+    profile = make_profile(SST2, **options)
     return make_plan(profile, GeLoRAConfig(policy=policy_name), make_sites(profile), base_rank, lora_alpha=16)
 
 
@@ -263,3 +263,44 @@ def test_the_built_in_policies_make_plans_that_say_where_they_come_from(name):
     assert plan.profile == make_profile(SST2)
     # budget: 24 ranks over needs of 3.2 1.6 1 1.4 2.3 1 are 7.31 3.66 2.29 3.2 5.26 2.29.
     assert plan.ranks == {"gelora": (3, 2, 1, 1, 2, 1), "budget": (8, 4, 2, 3, 5, 2), "uniform": (4,) * 6}[name]
+
+
+# --- ranks on redraws of the profile
+
+
+def test_rank_changes_are_the_share_of_redraws_with_another_rank():
+    # One block whose growth is 2 in the measurement and 2 + (-1, 0, 0, 1) on the four redraws.
+    profile = make_profile([10.0, 12.0, 12.0])
+    replicates = [(9.0,) * 4, (10.0, 11.0, 11.0, 12.0), (10.0, 11.0, 11.0, 12.0)]
+    estimates = tuple(replace(e, replicates=r) for e, r in zip(profile.estimates, replicates, strict=True))
+    plan = make_plan(replace(profile, estimates=estimates), CONFIG, make_sites(profile), 8, lora_alpha=16)
+    assert plan.ranks == (3, 1)
+    assert plan.rank_changes == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("name", ["gelora", "budget"])
+def test_rank_changes_are_zero_without_spread_and_large_with_much(name):
+    assert plan_of(name, replicates=10, spread=1e-9).rank_changes == (0.0,) * 6
+    assert min(plan_of(name, replicates=50, spread=5.0).rank_changes) > 0.2
+
+
+def test_uniform_ranks_never_change():
+    assert plan_of("uniform", replicates=10, spread=5.0).rank_changes == (0.0,) * 6
+
+
+def test_a_profile_without_replicates_says_nothing_of_changes():
+    assert plan_of("gelora").rank_changes == ()
+
+
+def test_nonsense_from_a_policy_on_a_redraw_is_a_plan_error_too(policy):
+    answers = iter([[1] * 6, [1] * 6, [0] * 6])
+    policy(lambda: next(answers))
+    with pytest.raises(PlanError, match=r"'strange' made no usable plan: The rank of model\.layers\.0 is 0"):
+        plan_of("strange", replicates=2)
+
+
+def test_the_plan_itself_is_made_from_the_measured_profile():
+    profile = make_profile(SST2, replicates=20, spread=3.0)
+    plan = plan_of("budget", replicates=20, spread=3.0)
+    assert plan.ranks == tuple(budget(profile, make_sites(profile), 8, CONFIG))
+    assert plan.profile == profile

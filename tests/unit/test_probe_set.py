@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, IterableDataset
 from gelora_plugins import pooling
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ProbeError
-from gelora_plugins.features import collect_features
 from gelora_plugins.layout import find_transformers_layout
 from gelora_plugins.probe_set import ROWS_PER_DOCUMENT, choose_documents
+from tests.probing import features_of
 from tests.tiny import build
 
 DECODER = SimpleNamespace(is_encoder_decoder=False, pad_token_id=9)
@@ -27,7 +27,7 @@ def choose(dataset, model_config=DECODER, collator=None, **options):
 def documents(probe_set, field="input_ids", mask="attention_mask"):
     """Every document as a list of ids, without padding, in the order of the batches."""
     found = []
-    for batch in probe_set.batches():
+    for batch in probe_set.batches(16):
         for ids, kept in zip(batch[field], batch[mask].bool(), strict=True):
             found.append(ids[kept].tolist())
     return found
@@ -88,7 +88,7 @@ def test_every_map_style_dataset_gives_the_same_documents(kind):
     rows = [{"input_ids": [5, i, 7][: 1 + i % 3], "attention_mask": [1] * (1 + i % 3)} for i in range(40)]
     given, plain = choose(DATASETS[kind](rows), probe_samples=20), choose(rows, probe_samples=20)
     assert documents(given) == documents(plain)
-    assert given.fingerprint == plain.fingerprint
+    assert given.fingerprint() == plain.fingerprint()
 
 
 @pytest.mark.parametrize("kind", STREAMS)
@@ -118,9 +118,9 @@ def test_one_seed_chooses_the_same_documents_and_another_seed_others():
     rows = numbered_rows(200)
     first, again, other = (choose(rows, probe_samples=50, probe_seed=seed) for seed in (0, 0, 1))
     assert numbers(first) == numbers(again)
-    assert first.fingerprint == again.fingerprint
+    assert first.fingerprint() == again.fingerprint()
     assert set(numbers(first)) != set(numbers(other))
-    assert first.fingerprint != other.fingerprint
+    assert first.fingerprint() != other.fingerprint()
 
 
 def test_the_sample_is_without_replacement_and_from_everywhere():
@@ -186,7 +186,7 @@ def test_long_documents_are_cut():
 
 def test_long_documents_and_labels_of_an_encoder_decoder_are_cut():
     row = {"input_ids": [9, 5, 6, 7], "attention_mask": [0, 1, 1, 1], "labels": [-100, 8, 10, 11]}
-    (batch,) = choose([row], SEQ2SEQ, probe_max_length=2).batches()
+    (batch,) = choose([row], SEQ2SEQ, probe_max_length=2).batches(16)
     assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([[5, 6]], [[8, 10]])
 
 
@@ -233,7 +233,7 @@ def test_packed_documents_have_the_points_of_unpacked_ones():
     packed = [{**joined, "seq_lengths": [3, 1, 4, 2]}]
     layout = find_transformers_layout(model)
     points = [
-        collect_features(model, layout, choose(rows, model.config).batches(), pooling.mean).points
+        features_of(model, layout, choose(rows, model.config).batches(16), pooling.mean).points
         for rows in (packed, [{"input_ids": ids} for ids in single])
     ]
     for ours, theirs in zip(*points, strict=True):
@@ -243,7 +243,7 @@ def test_packed_documents_have_the_points_of_unpacked_ones():
 def test_batches_are_sorted_by_length_and_padded_on_the_right():
     rng = random.Random(0)
     rows = [{"input_ids": [rng.randrange(10, 90) for _ in range(rng.randrange(1, 20))]} for _ in range(23)]
-    batches = list(choose(rows, probe_batch_size=4).batches())
+    batches = list(choose(rows).batches(4))
     assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 4, 4, 4, 3]
     lengths = torch.cat([batch["attention_mask"].sum(dim=1) for batch in batches])
     assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
@@ -256,7 +256,7 @@ def test_batches_are_sorted_by_length_and_padded_on_the_right():
 
 
 def test_batches_can_be_made_again():
-    probe_set = choose(iter(numbered_rows(10)), probe_batch_size=3)
+    probe_set = choose(iter(numbered_rows(10)))
     assert numbers(probe_set) == numbers(probe_set)
     assert len(numbers(probe_set)) == 10
 
@@ -264,7 +264,7 @@ def test_batches_can_be_made_again():
 @pytest.mark.parametrize("pad", [None, -1])
 def test_padding_is_a_token_that_exists_where_the_model_names_none(pad):
     model_config = SimpleNamespace(is_encoder_decoder=False, pad_token_id=pad)
-    (batch,) = choose([{"input_ids": [5, 6]}, {"input_ids": [7]}], model_config).batches()
+    (batch,) = choose([{"input_ids": [5, 6]}, {"input_ids": [7]}], model_config).batches(16)
     assert batch["input_ids"].tolist() == [[5, 6], [7, 0]]
 
 
@@ -274,13 +274,13 @@ def test_token_types_are_kept_where_there_are_any():
         {"input_ids": [9, 5], "token_type_ids": [0, 1], "attention_mask": [0, 1]},
         {"input_ids": [8], "token_type_ids": [0], "attention_mask": [1]},
     ]
-    (batch,) = choose(rows).batches()
+    (batch,) = choose(rows).batches(16)
     types = {
         tuple(ids): kinds
         for ids, kinds in zip(batch["input_ids"].tolist(), batch["token_type_ids"].tolist(), strict=True)
     }
     assert types == {(5, 6, 7): [0, 0, 1], (5, 9, 9): [1, 0, 0], (8, 9, 9): [0, 0, 0]}
-    (batch,) = choose(rows[2:]).batches()
+    (batch,) = choose(rows[2:]).batches(16)
     assert "token_type_ids" not in batch
 
 
@@ -291,14 +291,14 @@ def test_the_same_tokens_with_other_types_are_another_document():
 
 def test_an_encoder_decoder_gets_labels_and_their_mask():
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 8, 10, -100]}, {"input_ids": [5], "labels": [11, 12, 13]}]
-    (batch,) = choose(rows, SEQ2SEQ).batches()
+    (batch,) = choose(rows, SEQ2SEQ).batches(16)
     assert batch["labels"].tolist() == [[8, 10, -100], [11, 12, 13]]
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 9, 9]]
 
 
 def test_the_labels_of_a_decoder_are_left_out():
-    (batch,) = choose([{"input_ids": [5, 6], "labels": [-100, 6]}]).batches()
+    (batch,) = choose([{"input_ids": [5, 6], "labels": [-100, 6]}]).batches(16)
     assert set(batch) == {"input_ids", "attention_mask"}
 
 
@@ -313,8 +313,8 @@ def test_the_labels_of_a_decoder_are_left_out():
 )
 def test_the_fingerprint_changes_with_the_data(other):
     rows = [{"input_ids": [5, 6]}, {"input_ids": [7, 8]}]
-    assert choose(rows).fingerprint == choose(rows).fingerprint
-    assert choose(other).fingerprint != choose(rows).fingerprint
+    assert choose(rows).fingerprint() == choose(rows).fingerprint()
+    assert choose(other).fingerprint() != choose(rows).fingerprint()
 
 
 # Rows for a collator
@@ -334,8 +334,8 @@ def stack(rows):
 
 
 def test_rows_without_token_ids_go_through_the_collator():
-    probe_set = choose(images(40), collator=stack, probe_samples=10, probe_batch_size=4)
-    batches = list(probe_set.batches())
+    probe_set = choose(images(40), collator=stack, probe_samples=10)
+    batches = list(probe_set.batches(4))
     assert [set(batch) for batch in batches] == [{"pixel_values", "labels"}] * 3
     chosen = torch.cat([batch["labels"] for batch in batches]).tolist()
     assert len(set(chosen)) == probe_set.num_documents == 10
@@ -344,8 +344,8 @@ def test_rows_without_token_ids_go_through_the_collator():
 
 def test_an_image_model_is_measured_through_its_collator():
     model = build("vit")
-    batches = choose(images(7, side=8), model.config, collator=stack, probe_batch_size=3).batches()
-    points = collect_features(model, find_transformers_layout(model), batches, pooling.mean).points
+    batches = choose(images(7, side=8), model.config, collator=stack).batches(3)
+    points = features_of(model, find_transformers_layout(model), batches, pooling.mean).points
     assert [len(p) for p in points] == [7] * 4
 
 
@@ -359,8 +359,8 @@ def test_token_ids_with_an_image_beside_them_go_through_the_collator():
 def test_the_fingerprint_of_collated_rows_sees_every_entry_of_a_large_tensor():
     rows, others = images(1, side=40), images(1, side=40)
     others[0]["pixel_values"][1, 20, 20] += 1
-    assert choose(rows, collator=stack).fingerprint == choose(images(1, side=40), collator=stack).fingerprint
-    assert choose(rows, collator=stack).fingerprint != choose(others, collator=stack).fingerprint
+    assert choose(rows, collator=stack).fingerprint() == choose(images(1, side=40), collator=stack).fingerprint()
+    assert choose(rows, collator=stack).fingerprint() != choose(others, collator=stack).fingerprint()
 
 
 def test_the_fingerprint_of_images_does_not_hold_their_address():
@@ -371,7 +371,7 @@ def test_the_fingerprint_of_images_does_not_hold_their_address():
             self.tobytes = lambda: pixels
 
     rows = [[{"image": Image(pixels)}] for pixels in (b"red", b"red", b"blue")]
-    red, again, blue = (choose(r, collator=stack).fingerprint for r in rows)
+    red, again, blue = (choose(r, collator=stack).fingerprint() for r in rows)
     assert red == again != blue
 
 
@@ -405,7 +405,7 @@ def test_a_collator_that_fails_is_an_error_that_says_on_what():
     with pytest.raises(
         ProbeError, match=r"^The data collator failed on rows with the fields text: KeyError: "
     ) as error:
-        list(probe_set.batches())
+        list(probe_set.batches(16))
     assert isinstance(error.value.__cause__, KeyError)
 
 
@@ -414,7 +414,7 @@ def test_a_collator_that_makes_no_batch_is_an_error():
     with pytest.raises(
         ProbeError, match=r"^The data collator made a list of rows with the fields prompt; expected a map"
     ):
-        list(probe_set.batches())
+        list(probe_set.batches(16))
 
 
 @pytest.mark.parametrize("ids", [[[5, 6]], [0.5], ["a"], [5, None], 7, torch.tensor(7), torch.tensor([[5, 6]])])

@@ -16,7 +16,7 @@ from gelora_plugins.errors import GeLoRAError, PlanError
 from gelora_plugins.ranks import RankPlan, Site
 from tests.plans import SST2, make_plan, make_profile, make_sites
 
-PLAN = make_plan(dimensions=(None, *SST2[1:]))
+PLAN = make_plan(dimensions=(None, *SST2[1:]), replicates=2, rank_changes=(0.0, 0.5, 1.0, 0.25, 0.0, 1.0))
 
 
 def as_json(plan):
@@ -57,7 +57,8 @@ def test_a_plan_survives_json_and_a_file(tmp_path, dimensions, use_rslora):
 
 
 def test_a_profile_survives_json():
-    for profile in (make_profile(SST2), make_profile([None, 3.0], [4.0, 5.5, 1e-3])):
+    profiles = (make_profile(SST2), make_profile([None, 3.0], [4.0, 5.5, 1e-3]), PLAN.profile)
+    for profile in (*profiles, replace(PLAN.profile, standardise=True, target_std_error=0.5)):
         assert DimensionProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
 
 
@@ -273,6 +274,18 @@ def test_a_file_that_is_nested_deeply_where_a_number_belongs(tmp_path):
         (["profile", "estimates", 1, "interval"], [1.0], "estimate.interval is [1.0]; expected two numbers"),
         (["profile", "estimates", 1, "interval"], [1.0, None], "estimate.interval is [1.0, None]"),
         (["profile", "estimates", 1, "interval"], [2.0, 1.0], "The interval (2.0, 1.0) is not (low, high)"),
+        (["profile", "standardise"], 0, "profile.standardise is 0; expected bool"),
+        (["profile", "target_std_error"], 0.0, "target_std_error is 0.0; expected a positive number or None"),
+        (["profile", "estimates", 1, "replicates"], 3.0, "estimate.replicates is 3.0; expected list"),
+        (["profile", "estimates", 1, "replicates"], [1.0], "The replicates of an estimate are 1 values; expected none"),
+        (["profile", "estimates", 1, "replicates", 1], -1.0, "are 2 values, one of them -1.0; expected none, or"),
+        (["profile", "estimates", 1, "replicates", 1], math.inf, "one of them inf"),
+        (["profile", "estimates", 1, "replicates", 1], "2", "one of them '2'"),
+        (["profile", "estimates", 0, "replicates"], [1.0, 2.0], "An estimate without a value has replicates"),
+        (["profile", "estimates", 1, "replicates"], [1.0] * 3, "Boundaries have 2 and 3 replicates; expected the same"),
+        (["rank_changes"], [0.5], "A plan has 1 rank changes for 6 sites"),
+        (["rank_changes", 2], 1.5, "A rank change is 1.5; expected a share of redraws, 0 to 1"),
+        (["rank_changes", 2], math.nan, "A rank change is nan"),
         (["profile", "layout", "stacks"], [], "needs at least one block in every stack"),
         (["profile", "layout", "stacks", 0, 0], 7, "block is a int; expected a mapping"),
     ],

@@ -1,0 +1,144 @@
+"""LoRA configurations, before there is an adapter: what one would adapt, and one with the ranks of a plan."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from gelora_plugins.errors import ApplyError, LayoutError, PlanError
+from gelora_plugins.layout import ModelLayout
+from gelora_plugins.ranks import RankPlan, Site, layout_sites
+
+IN_PLACE_ROUTE = (
+    "Make the adapter first, with get_peft_model(model, config); GeLoRA then gives it its ranks in place, with "
+    "GeLoRACallback() or select_ranks and apply_plan."
+)
+# What PEFT 0.21 expects to be run on the model before or after `get_peft_model`; without it, EVA and LoRA-GA train as
+# plain LoRA and say nothing.
+NEEDS_DATA = {
+    "corda": "preprocess_corda(model, config, ...) before get_peft_model",
+    "eva": "initialize_lora_eva_weights(model, ...) after get_peft_model, with EvaConfig(rho=1.0) to keep the ranks",
+    "lora_ga": "preprocess_loraga(model, config, ...) before get_peft_model",
+}
+# The projections that transformers 5 fuses, by the names that PEFT's `target_modules` still may have for them.
+EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def matches_pattern(config: LoraConfig, name: str) -> bool:
+    """Whether the `rank_pattern` or `alpha_pattern` of `config` names the module."""
+    return any(
+        get_pattern_key(pattern.keys(), name) in pattern for pattern in (config.rank_pattern, config.alpha_pattern)
+    )
+
+
+def config_sites(layout: ModelLayout, config: LoraConfig) -> tuple[Site, ...]:
+    """The sites that `config` would adapt on a model without an adapter, by PEFT's own rules.
+
+    Raises:
+        LayoutError: it would adapt none, or has no target modules and PEFT has no default for the model, or what it
+            adapts can only be known once the adapter is made.
+    """
+    _check_countable(layout, config)
+    resolved = copy.copy(config)
+    if resolved.target_modules is None:
+        resolved.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(layout.model_type)
+        if resolved.target_modules is None:
+            raise LayoutError(
+                f"PEFT has no default target modules for {layout.model_type!r} models; expected target_modules in the "
+                'LoRA configuration, "all-linear" for example.'
+            )
+    elif isinstance(resolved.target_modules, str) and resolved.target_modules.lower() == "all-linear":
+        resolved.target_modules = {linear.name for block in layout.blocks for linear in block.linears}
+    sites = layout_sites(
+        layout,
+        lambda name: bool(check_target_module_exists(resolved, name)) and not matches_pattern(config, name),
+    )
+    if not sites:
+        raise LayoutError(f"target_modules={config.target_modules!r} names no linear map in the transformer blocks.")
+    return sites
+
+
+def _check_countable(layout: ModelLayout, config: LoraConfig) -> None:
+    """Raises LayoutError when a layout of linear maps does not show all that `config` adapts."""
+    if config.layer_replication:
+        raise LayoutError(
+            f"layer_replication={config.layer_replication} makes blocks that the model does not have yet, so their "
+            f"ranks cannot be chosen before. {IN_PLACE_ROUTE}"
+        )
+    if config.target_parameters or _becomes_fused(layout.model_type, config):
+        raise LayoutError(
+            f"The LoRA configuration adapts fused parameters of {layout.model_type!r} (target_parameters, or target "
+            "modules that PEFT turns into them), which cannot be counted before the adapter is made. "
+            f"{IN_PLACE_ROUTE}"
+        )
+
+
+def _becomes_fused(model_type: str, config: LoraConfig) -> bool:
+    """Whether PEFT 0.20 and 0.21 turn some target modules into fused parameters of this kind of model."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    stub = nn.Module()
+    stub.config = SimpleNamespace(model_type=model_type)  # type: ignore[assignment]
+    named = config.target_modules
+    # "all-linear" becomes them all; what a regex means to PEFT depends on the model's parameters, so none is taken.
+    targets = list(EXPERTS) if named is None or isinstance(named, str) else list(named)
+    probe = LoraConfig(target_modules=targets)
+    convert_peft_config_for_transformers(probe, model=stub, conversions=None)
+    return bool(probe.target_parameters)
+
+
+def with_plan(config: LoraConfig, plan: RankPlan) -> LoraConfig:
+    """A copy of `config` with the ranks of `plan`; modules that the user's own patterns name stay the user's.
+
+    Raises:
+        PlanError: the plan keeps another scaling than `config` has, or has ranks that `config` cannot take.
+    """
+    blocks = {block.name: [linear.name for linear in block.linears] for block in plan.profile.layout.blocks}
+    odd = [site.name for site, rank in zip(plan.sites, plan.ranks, strict=True) if rank % 2]
+    if config.init_lora_weights == "orthogonal" and odd:
+        raise PlanError(
+            f"init_lora_weights='orthogonal' takes even ranks only (PEFT 0.21), and the plan has odd ones for "
+            f"{', '.join(odd)}. Use init_lora_weights=True or 'gaussian'."
+        )
+    return with_patterns(config, plan, blocks)
+
+
+def with_patterns(config: LoraConfig, plan: RankPlan, modules: Mapping[str, list[str]]) -> LoraConfig:
+    """`with_plan`, for the modules of each block.
+
+    Where a block has modules of the user's its other modules get a key each: the first match wins, but
+    `save_pretrained` sorts the keys (PEFT 0.21), so no key of ours may match a module of the user's. EVA alone matches
+    them with names that begin above the model, and would not find an anchored one (PEFT 0.21).
+    """
+    anchor = "" if config.init_lora_weights == "eva" else "^"
+    plan.check_scaling(config.r, config.lora_alpha, config.use_rslora)
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    for site, rank in zip(plan.sites, plan.ranks, strict=True):
+        names = modules[site.name]
+        free = [name for name in names if not matches_pattern(config, name)]
+        for pattern in [site.pattern] if free == names else [f"^{re.escape(name)}" for name in free]:
+            key = anchor + pattern.removeprefix("^")
+            ranks[key], alphas[key] = rank, plan.alpha(rank)
+    changed = copy.copy(config)  # TRL's "ref" adapter shares the user's object
+    changed.rank_pattern, changed.alpha_pattern = ranks, alphas
+    return changed
+
+
+def check_initialisation(config: LoraConfig) -> None:
+    """Raises ApplyError when an adapter of `config` is not ready to train as `get_peft_model` makes it."""
+    needed = NEEDS_DATA.get(str(config.init_lora_weights))
+    if needed is not None:
+        raise ApplyError(
+            f"init_lora_weights={config.init_lora_weights!r} needs {needed}, for which GeLoRACallback(lora_config=...) "
+            "leaves no room. Choose the ranks in a step of your own: plan = select_ranks(model, rows, "
+            "lora_config=config), then with_plan(config, plan) from gelora_plugins.lora_config; make the adapter as "
+            "PEFT describes, and train it without GeLoRACallback."
+        )
