@@ -25,9 +25,14 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that spin while they wait make a machine with other work on it several times slower.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test unit integration faults e2e axolotl-0.19 axolotl-0.21 lint type clean
+.PHONY: demo compare-small test unit integration faults e2e axolotl-0.19 axolotl-0.21 lint type clean
 demo: $(MAIN)/.ready
 	$(BIN)/gelora demo
+
+# The comparison with its controls, small enough for a quarter of an hour: benchmarks/results/compare has the recorded one.
+compare-small: $(MAIN)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare_tasks.py docstrings --methods plan,uniform,permuted,eva \
+	  --jobs $(CORES) --output compare-small
 
 # Every environment that this machine has a Python for; ALL=1 makes a missing one an error. The last lines say what ran.
 test: lint type

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, GeLoRAError, LayoutError, ProbeError
+
+if TYPE_CHECKING:
+    from gelora_plugins.dimension import DimensionProfile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,6 +74,20 @@ def probe(
     probe_max_length: Annotated[int, typer.Option(help=_help("probe_max_length"))] = _default("probe_max_length"),
     probe_batch_size: Annotated[int, typer.Option(help=_help("probe_batch_size"))] = _default("probe_batch_size"),
     probe_seed: Annotated[int, typer.Option(help=_help("probe_seed"))] = _default("probe_seed"),
+    standardise: Annotated[bool, typer.Option(help=_help("standardise"))] = _default("standardise"),
+    target_std_error: Annotated[float | None, typer.Option(help=_help("target_std_error"))] = _default(
+        "target_std_error"
+    ),
+    feature_storage: Annotated[str, typer.Option(help=_help("feature_storage"))] = _default("feature_storage"),
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Show how the plan changes with estimator, pooling, rounding, number and choice of documents; one "
+            "forward pass for all. sensitivity.json goes beside the profile. Reads all of probe_samples.",
+        ),
+    ] = False,
+    rank: Annotated[int, typer.Option(help="Your own r, for --sensitivity: what the policy budget spends.")] = 8,
 ) -> None:
     """Measure: hidden states of DATA in MODEL -> intrinsic dimension at every block boundary."""
     config = GeLoRAConfig(
@@ -80,23 +97,43 @@ def probe(
         probe_max_length=probe_max_length,
         probe_batch_size=probe_batch_size,
         probe_seed=probe_seed,
+        standardise=standardise,
+        target_std_error=target_std_error,
+        feature_storage=feature_storage,
     )
     from gelora_plugins import plugins, records
 
     plugins.find("estimator", estimator)
     plugins.find("pooling", pooling)
     loaded, tokenizer = _load(model, task, dtype)
-    from gelora_plugins.pipeline import measure
     from gelora_plugins.rows import TokenisedRows, load_rows
 
     rows = TokenisedRows(load_rows(data, split), tokenizer, text_field)
-    profile = measure(loaded, rows, config, progress=sys.stderr.isatty())
+    profile = _probe_all(loaded, rows, config, rank, output) if sensitivity else _probe(loaded, rows, config)
     records.write_json(output, profile.to_dict())
-    for boundary, estimate in enumerate(profile.estimates):
-        typer.echo(f"boundary {boundary:3d}  {estimate}")
     for note in profile.notes():
         typer.echo(note)
     typer.echo(f"{profile.num_documents} documents, {profile.num_tokens} tokens, {profile.seconds:.1f} s -> {output}")
+
+
+def _probe(model: Any, rows: Any, config: GeLoRAConfig) -> DimensionProfile:
+    from gelora_plugins.pipeline import measure
+
+    profile = measure(model, rows, config, progress=sys.stderr.isatty())
+    for boundary, estimate in enumerate(profile.estimates):
+        typer.echo(f"boundary {boundary:3d}  {estimate}")
+    return profile
+
+
+def _probe_all(model: Any, rows: Any, config: GeLoRAConfig, rank: int, output: Path) -> DimensionProfile:
+    from gelora_plugins import records
+    from gelora_plugins.sensitivity import measure_sensitivity
+
+    found = measure_sensitivity(model, rows, config, base_rank=rank, progress=sys.stderr.isatty())
+    path = output.with_name("sensitivity.json")
+    records.write_json(path, found.to_dict())
+    _print(found.table(), [*found.lines(), f"-> {path}"])
+    return found.profile
 
 
 @app.command()
@@ -152,6 +189,81 @@ def report(
             typer.echo(f"-> {path}")
 
 
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Directory of a saved PEFT LoRA adapter.")],
+    out: Annotated[Path, typer.Argument(help="New directory for the adapter that servers read.")],
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="One rank for all modules: the one kind there is.")
+    ] = False,
+    rank_multiple: Annotated[int, typer.Option(help="Round the rank up to a multiple of this.")] = 1,
+) -> None:
+    """Serve: an adapter of many ranks -> the same adapter with one, for SGLang, llama.cpp, Ollama. Needs no model."""
+    if not uniform:
+        raise ConfigError(
+            "gelora export writes one kind of adapter so far; say which: gelora export ADAPTER OUT --uniform."
+        )
+    from gelora_plugins.export import export_uniform
+
+    done = export_uniform(adapter, out, rank_multiple=rank_multiple)
+    typer.echo(f"{done.num_modules} modules with rank {done.rank} and lora_alpha {done.lora_alpha:g} -> {out}")
+    if done.folded:
+        typer.echo(f"The scaling of {len(done.folded)} modules differed and is in their lora_B now.")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of the pretrained model.")],
+    data: Annotated[str, typer.Argument(help="JSONL, Parquet or CSV file, or hub id, of the training data.")],
+    task: Annotated[str, typer.Option(help="classification, regression or causal-lm.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the comparison; a run that is recorded there is kept.")
+    ] = Path("comparison"),
+    test: Annotated[str | None, typer.Option(help="Test rows; a fifth of DATA if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the task; that of the file if not given.")] = None,
+    metric: Annotated[str, typer.Option(help="accuracy, mcc, f1, spearman or loss; the task's usual one.")] = "",
+    plan: Annotated[list[Path] | None, typer.Option(help="Saved plans to compare, instead of GeLoRA's.")] = None,
+    methods: Annotated[str, typer.Option(help="Which of them, with commas; all if not given.")] = "",
+    rank: Annotated[int, typer.Option(help="Your own r: the budget.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, or the endings of module names, with commas: q_proj,v_proj.")
+    ] = "all-linear",
+    grid: Annotated[str, typer.Option(help="Uniform ranks to compare with, with commas.")] = "1,2,4,8,16,32",
+    seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 5,
+    rates: Annotated[str, typer.Option(help="Learning rates to choose from, with commas.")] = "3e-4,1e-3,3e-3",
+    epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row; what is longer is cut there.")] = 128,
+    train_rows: Annotated[int | None, typer.Option(help="How many training rows to draw; all if not given.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="How many test rows to draw; all if not given.")] = None,
+    margin: Annotated[float, typer.Option(help="Differences up to this are called equal; in hundredths.")] = 0.0,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+) -> None:
+    """Compare: GeLoRA, uniform, permuted, EVA, AdaLoRA at equal parameters, on your model and data."""
+    from dataclasses import replace
+
+    from gelora_plugins.compare import compare as run
+    from gelora_plugins.compare_bench import Settings
+    from gelora_plugins.compare_methods import METHODS
+    from gelora_plugins.compare_tasks import load_task
+    from gelora_plugins.ranks import RankPlan
+
+    settings = Settings(
+        rank, alpha, target_modules, _list(methods, str) or METHODS, _list(grid, int), seeds, _list(rates, float)
+    )
+    settings = replace(settings, epochs=epochs, batch_size=batch_size, margin=margin)
+    sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
+    loaded = load_task(name or Path(data).name.split(".")[0], task, data, test, metric=metric, **sizes)
+    plans = {path.stem: RankPlan.load(path) for path in plan} if plan else None
+    found = run(model, loaded, output, settings, plans=plans, jobs=jobs, progress=sys.stderr.isatty())
+    typer.echo(found.table(loaded.name))
+    for line in found.lines():
+        typer.echo(line)
+    for path in found.write(output):
+        typer.echo(f"-> {path}")
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
@@ -162,13 +274,25 @@ def sft(context: typer.Context) -> None:
     trl.main(context.args)
 
 
-def _show(plan: Any) -> None:
-    from rich.console import Console
+def _list(text: str, kind: Any) -> tuple[Any, ...]:
+    """The values in `text`, which has commas between them."""
+    try:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is no list of numbers with commas between them.") from error
 
+
+def _show(plan: Any) -> None:
     from gelora_plugins.report import RankReport, plan_table
 
-    Console().print(plan_table(plan))
-    for line in RankReport(plan).lines():
+    _print(plan_table(plan), RankReport(plan).lines())
+
+
+def _print(table: Any, lines: list[str]) -> None:
+    from rich.console import Console
+
+    Console().print(table, "")
+    for line in lines:
         typer.echo(line)
 
 

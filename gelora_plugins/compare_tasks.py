@@ -1,0 +1,260 @@
+"""The tasks of a comparison: rows with labels, tokenised and padded, and the score of what a model answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gelora_plugins.errors import ConfigError, ProbeError
+from gelora_plugins.rows import load_rows
+
+IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index
+METRICS = {  # the first is the default
+    "classification": ("accuracy", "mcc", "f1", "loss"),
+    "regression": ("spearman", "loss"),
+    "causal-lm": ("loss",),
+}
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on and rows to score on.
+
+    Attributes:
+        name: of the task, and of its folder.
+        kind: "classification", "regression" or "causal-lm".
+        train, test: rows with `text`, or `text_a` and `text_b`, or `input_ids`, and a `label`; for causal-lm with
+            `prompt` and `completion` (only the completion counts), or `text`. The test rows choose nothing.
+        metric: of the test rows: accuracy, mcc (Matthews), f1, spearman, or loss. Only the loss is better when lower.
+        max_length: tokens of a row; what is longer is cut there.
+    """
+
+    name: str
+    kind: str
+    train: Sequence[Row] = field(repr=False)
+    test: Sequence[Row] = field(repr=False)
+    metric: str = ""
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        if self.kind not in METRICS:
+            raise ConfigError(f"The kind of task is {self.kind!r}; expected one of: {', '.join(METRICS)}.")
+        if not self.metric:
+            object.__setattr__(self, "metric", METRICS[self.kind][0])
+        if self.metric not in METRICS[self.kind]:
+            raise ConfigError(
+                f"The metric is {self.metric!r}; expected one of: {', '.join(METRICS[self.kind])} for {self.kind}."
+            )
+        if len(self.train) < 10 or not self.test:
+            raise ProbeError(f"{len(self.train)} training rows and {len(self.test)} test rows; expected 10 and 1.")
+        if self.metric in ("mcc", "f1") and self.num_labels != 2:
+            raise ConfigError(f"{self.metric} is for two labels; the rows have {self.num_labels}. Use accuracy.")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher score is a better one."""
+        return self.metric != "loss"
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        """The labels of a classification, sorted: of the training and the test rows."""
+        return tuple(sorted({row["label"] for rows in (self.train, self.test) for row in rows}))
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head: labels of a classification, numbers of a regression's label; 0 without a head."""
+        if self.kind == "classification":
+            return len(self.labels)
+        first = self.train[0].get("label")
+        return 0 if self.kind == "causal-lm" else len(first) if isinstance(first, Sequence) else 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all rows and settings."""
+        digest = hashlib.sha256(f"{self.name} {self.kind} {self.metric} {self.max_length}".encode())
+        for rows in (self.train, self.test):
+            for row in rows:
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def load_task(
+    name: str,
+    kind: str,
+    data: str,
+    test: str | None = None,
+    *,
+    metric: str = "",
+    max_length: int = 128,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+) -> Task:
+    """A task from files or hub datasets; the rows are a seeded sample where numbers are given.
+
+    Args:
+        name, kind, metric, max_length: see `Task`.
+        data: training rows, as `gelora probe` takes them.
+        test: test rows; without, a fifth of `data`, drawn with seed 0.
+        train_rows, test_rows: how many to keep, drawn with seed 0; all where None.
+    """
+    rows = list(load_rows(data, "train"))
+    if test is None:
+        rows, held_out = split_fifth(rows)
+    else:
+        held_out = list(load_rows(test, "test"))
+    return Task(name, kind, _sample(rows, train_rows), _sample(held_out, test_rows), metric, max_length)
+
+
+def split_fifth(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """(four fifths, one fifth) of `rows`, drawn with seed 0, each in the order of `rows`."""
+    chosen = set(random.Random(0).sample(range(len(rows)), len(rows) // 5))
+    kept = [row for i, row in enumerate(rows) if i not in chosen]
+    return kept, [row for i, row in enumerate(rows) if i in chosen]
+
+
+def _sample(rows: list[Any], count: int | None) -> list[Any]:
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
+
+
+def encode(task: Task, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows with `input_ids`, `labels` and what else the tokenizer gives; no padding."""
+    labels = {label: i for i, label in enumerate(task.labels)} if task.kind == "classification" else {}
+    return [_encode(task, row, tokenizer, labels) for row in rows]
+
+
+def _encode(task: Task, row: Row, tokenizer: Any, labels: Mapping[Any, int]) -> dict[str, Any]:
+    cut = {"truncation": True, "max_length": task.max_length}
+    if task.kind == "causal-lm" and "completion" in row:
+        return _completion(task, row, tokenizer)
+    if "input_ids" in row:
+        encoded = {name: row[name] for name in ("input_ids", "token_type_ids") if name in row}
+    elif "text_a" in row and "text_b" in row:
+        encoded = dict(tokenizer(row["text_a"], row["text_b"], **cut))
+    elif "text" in row:
+        encoded = dict(tokenizer(row["text"], **cut))
+    else:
+        raise ProbeError(
+            f"A row has the fields {', '.join(row)}; expected text, text_a and text_b, prompt and completion, or "
+            "input_ids."
+        )
+    if task.kind == "causal-lm":
+        return {**encoded, "labels": encoded["input_ids"]}
+    if "label" not in row:
+        raise ProbeError(f"A row has the fields {', '.join(row)}; expected a label for {task.kind}.")
+    return {**encoded, "labels": labels[row["label"]] if labels else row["label"]}
+
+
+def _completion(task: Task, row: Row, tokenizer: Any) -> dict[str, Any]:
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = (prompt + answer)[: task.max_length]
+    return {"input_ids": ids, "labels": ([IGNORED_LABEL] * len(prompt) + answer)[: task.max_length]}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a padded batch of encoded rows: input_ids, attention_mask, labels, and token_type_ids where rows have them.
+
+    `labels` are (rows, tokens) for causal-lm, (rows,) int64 for classification, (rows,) or (rows, outputs) float32 for
+    regression.
+    """
+
+    kind: str
+    pad: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The batch."""
+        length = max(len(row["input_ids"]) for row in rows)
+        batch = {"input_ids": _padded(rows, "input_ids", length, self.pad)}
+        batch["attention_mask"] = torch.tensor(
+            [[int(i < len(row["input_ids"])) for i in range(length)] for row in rows]
+        )
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = _padded(rows, "token_type_ids", length, 0)
+        if self.kind == "causal-lm":
+            batch["labels"] = _padded(rows, "labels", length, IGNORED_LABEL)
+        else:
+            dtype = torch.float32 if self.kind == "regression" else torch.int64
+            batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=dtype)
+        return batch
+
+
+def _padded(rows: Sequence[Row], name: str, length: int, value: int) -> Tensor:
+    return torch.tensor([[*row[name], *[value] * (length - len(row[name]))] for row in rows])
+
+
+def evaluate(model: Any, rows: Sequence[Row], collator: Collator, metric: str, batch_size: int) -> tuple[float, float]:
+    """(score, loss) of `model` on encoded rows. The loss is the mean per token that counts, or per row.
+
+    It is computed from the logits: the loss that PEFT 0.21 returns for AdaLoRA has its regulariser in it.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    total, count = 0.0, 0
+    answers: list[Tensor] = []
+    labels: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, len(ordered), batch_size):
+            batch = {name: x.to(device) for name, x in collator(ordered[start : start + batch_size]).items()}
+            target = batch.pop("labels")
+            logits = model(**batch).logits.float()
+            loss, counted = _summed_loss(collator.kind, logits, target)
+            total, count = total + loss, count + counted
+            if metric != "loss":
+                answers.append((logits.argmax(-1) if collator.kind == "classification" else logits.squeeze(-1)).cpu())
+                labels.append(target.cpu())
+    loss = total / max(count, 1)
+    if metric == "loss":
+        return loss, loss
+    return SCORES[metric](torch.cat(answers).numpy(), torch.cat(labels).numpy()), loss
+
+
+def _summed_loss(kind: str, logits: Tensor, target: Tensor) -> tuple[float, int]:
+    functional = torch.nn.functional
+    if kind == "causal-lm":
+        following = target[:, 1:]
+        loss = functional.cross_entropy(logits[:, :-1].transpose(1, 2), following, reduction="sum")
+        return loss.item(), int((following != IGNORED_LABEL).sum())
+    if kind == "classification":
+        return functional.cross_entropy(logits, target, reduction="sum").item(), len(target)
+    return functional.mse_loss(logits.reshape(target.shape), target, reduction="sum").item(), target.numel()
+
+
+def _accuracy(answers: Any, labels: Any) -> float:
+    return float((answers == labels).mean())
+
+
+def _matthews(answers: Any, labels: Any) -> float:
+    """For two labels it is the correlation of the two columns; 0 where one of them is constant, as is usual."""
+    return 0.0 if np.ptp(answers) == 0 or np.ptp(labels) == 0 else float(np.corrcoef(answers, labels)[0, 1])
+
+
+def _f1(answers: Any, labels: Any) -> float:
+    both, either = int((answers & labels).sum()), int(answers.sum() + labels.sum())
+    return 2 * both / either if either else 0.0
+
+
+def _spearman(answers: Any, labels: Any) -> float:
+    from scipy.stats import spearmanr
+
+    return 0.0 if np.ptp(answers) == 0 or np.ptp(labels) == 0 else float(spearmanr(answers, labels).statistic)
+
+
+SCORES: dict[str, Callable[[Any, Any], float]] = {
+    "accuracy": _accuracy,
+    "mcc": _matthews,
+    "f1": _f1,
+    "spearman": _spearman,
+}

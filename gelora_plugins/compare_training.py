@@ -1,0 +1,252 @@
+"""One run of a comparison: a fresh model, an adapter by its recipe, transformers' own Trainer, a score."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from gelora_plugins.compare_bench import Bench, quiet
+from gelora_plugins.compare_methods import TOLERANCE, Recipe
+from gelora_plugins.compare_tasks import evaluate, split_fifth
+from gelora_plugins.errors import PlanError
+
+RHO = 2.0  # EVA may give a module up to this many times its even share; the best value of its paper
+EVA_ROUNDS = 5
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool) -> dict[str, Any]:
+    """Train `recipe` once and score it.
+
+    Args:
+        seed: of the head, the adapter, the data order and dropout.
+        rate: the learning rate at its highest.
+        choosing: train on four fifths of the training rows and score on the fifth; else train on all of them and
+            score on the test rows.
+
+    Returns:
+        score and loss (None where training diverged), seconds (of the training alone), peak_memory (bytes: of the
+        accelerator, else of the process; None where that cannot be known), lora_parameters and head_parameters
+        (counted on the trained model).
+
+    Raises:
+        PlanError: the trained model has not the LoRA parameters that were planned.
+    """
+    rows, scored = split_fifth(bench.train) if choosing else (bench.train, bench.test)
+    _reset_peak_memory()
+    model = adapted(bench, recipe, seed, total_steps(bench, len(rows)))
+    head = sum(p.numel() for name, p in model.named_parameters() if ".modules_to_save." in name)
+    with quiet(), tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(bench, scratch, seed, rate),
+            train_dataset=rows,
+            data_collator=bench.collator,
+            callbacks=[_Allocate()] if recipe.kind == "adalora" else [],
+        )
+        trainer.remove_callback(PrinterCallback)  # the bar of the comparison says enough
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    lora = _count(model, bench, recipe)
+    if abs(lora - recipe.parameters) >= TOLERANCE * recipe.parameters:
+        raise PlanError(f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned.")
+    score, loss = evaluate(model, scored, bench.collator, bench.task.metric, 4 * bench.settings.batch_size)
+    return {
+        "score": score if math.isfinite(score) else None,
+        "loss": loss if math.isfinite(loss) else None,
+        "seconds": seconds,
+        "peak_memory": _peak_memory(),
+        "lora_parameters": lora,
+        "head_parameters": head,
+    }
+
+
+def total_steps(bench: Bench, num_rows: int) -> int:
+    """Optimizer steps of a run on `num_rows` rows."""
+    return bench.settings.epochs * math.ceil(num_rows / bench.settings.batch_size)
+
+
+def _arguments(bench: Bench, scratch: str, seed: int, rate: float) -> TrainingArguments:
+    return TrainingArguments(
+        scratch,
+        num_train_epochs=bench.settings.epochs,
+        per_device_train_batch_size=bench.settings.batch_size,
+        learning_rate=rate,
+        warmup_steps=bench.settings.warmup,
+        seed=seed,
+        data_seed=seed,
+        train_sampling_strategy="group_by_length",  # padding would be half of the work
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def adapted(bench: Bench, recipe: Recipe, seed: int, steps: int) -> Any:
+    """A fresh model with the untrained adapter of `recipe`; `steps` is the length of AdaLoRA's schedule."""
+    model = bench.load(seed)
+    if recipe.kind == "full":
+        return model
+    torch.manual_seed(seed)
+    if recipe.kind == "adalora":
+        return _with_adalora(bench, model, recipe.budget, steps)
+    if recipe.kind == "eva":
+        return _with_eva(bench, model, recipe.budget)
+    ranks = {site.pattern: rank for site, rank in zip(bench.sites, recipe.ranks, strict=True)}
+    scaling = bench.settings.scaling
+    alphas = {} if recipe.keep_alpha else {pattern: rank * scaling for pattern, rank in ranks.items()}
+    return get_peft_model(model, LoraConfig(**_common(bench), rank_pattern=ranks, alpha_pattern=alphas))
+
+
+def _common(bench: Bench) -> dict[str, Any]:
+    return {
+        "target_modules": list(bench.targets),
+        "task_type": "CAUSAL_LM" if bench.task.kind == "causal-lm" else "SEQ_CLS",
+        "r": bench.settings.rank,
+        "lora_alpha": bench.settings.lora_alpha,
+    }
+
+
+def _with_adalora(bench: Bench, model: Any, budget: int, steps: int) -> Any:
+    """AdaLoRA that starts at 1.5 times its budget, as in its paper, and prunes from 10 % to 70 % of the steps."""
+    modules = len(bench.targets)
+    first = math.ceil(1.5 * budget / modules)
+    config = AdaLoraConfig(
+        **{**_common(bench), "r": 8, "lora_alpha": bench.settings.scaling * first},  # `r` plays no part
+        init_r=first,
+        target_r=max(1, budget // modules),
+        tinit=steps // 10,
+        tfinal=3 * steps // 10,
+        deltaT=max(1, steps // 100),
+        total_step=steps,
+    )
+    wrapped: Any = get_peft_model(model, config)
+    wrapped.base_model.rankallocator.target_bgt = budget  # PEFT 0.21's configuration takes a whole rank per module
+    return wrapped
+
+
+class _Allocate(TrainerCallback):  # type: ignore[misc]
+    """AdaLoRA needs the gradients of the step that was just made; PEFT leaves that call to the training loop."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
+
+
+def _with_eva(bench: Bench, model: Any, budget: int) -> Any:
+    """The base's LoRA with the components that `measure_eva` kept; PEFT sets ranks and keeps the scaling."""
+    config = LoraConfig(**_common(bench), init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
+    wrapped = get_peft_model(model, config)
+    state = torch.load(_eva_file(bench, budget), weights_only=True)["state"]
+    state = {f"base_model.model.{name}": components for name, components in state.items()}
+    initialize_lora_eva_weights(wrapped, eva_state_dict=state)
+    return wrapped
+
+
+def measure_eva(bench: Bench, parameters: int) -> tuple[Recipe, dict[str, int], float]:
+    """EVA at `parameters` LoRA parameters, measured once on the training rows: recipe, rank per module, seconds.
+
+    EVA spends a number of ranks, not of parameters. Where target modules differ in size, that number is adjusted
+    until the parameters agree to 1 %. What was measured is kept in `bench.cache`.
+
+    Raises:
+        PlanError: they do not agree after a few rounds.
+    """
+    costs = {name: linear.in_features + linear.out_features for name, linear in bench.targets.items()}
+    budget = max(len(costs), round(parameters * len(costs) / sum(costs.values())))
+    cost = 0
+    for _ in range(EVA_ROUNDS):
+        kept = _eva(bench, budget)
+        ranks = {name: len(components) for name, components in kept["state"].items()}
+        cost = sum(rank * costs[name] for name, rank in ranks.items())
+        if abs(cost - parameters) < TOLERANCE * parameters:
+            return Recipe("eva", cost, budget=budget), ranks, kept["seconds"]
+        budget = max(len(costs), round(budget * parameters / cost))
+    raise PlanError(
+        f"EVA comes to {cost:,} LoRA parameters where {parameters:,} were asked for. Adapt target modules of one size, "
+        "or leave EVA out."
+    )
+
+
+def _eva_file(bench: Bench, budget: int) -> Path:
+    return bench.cache / f"eva-{budget}.pt"
+
+
+def _eva(bench: Bench, budget: int) -> dict[str, Any]:
+    """{"state": components (rank, in_features) float32 per module, "seconds"} at `budget` ranks in all; kept."""
+    path = _eva_file(bench, budget)
+    if path.is_file():
+        return dict(torch.load(path, weights_only=True))
+    low, left = divmod(budget, len(bench.targets))
+    ranks = {name.replace(".", r"\."): low + (i < left) for i, name in enumerate(bench.targets)}
+    config = LoraConfig(**_common(bench), rank_pattern=ranks, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
+    rows: Any = bench.train
+    loader: DataLoader[Any] = DataLoader(
+        rows,
+        batch_size=bench.settings.batch_size,
+        shuffle=True,
+        drop_last=len(bench.train) >= bench.settings.batch_size,
+        generator=torch.Generator().manual_seed(0),
+        collate_fn=_Inputs(bench),
+    )
+    model = bench.load(0)
+    started = time.perf_counter()
+    state = get_eva_state_dict(model, loader, config, show_progress_bar=False)
+    kept = {"state": state, "seconds": time.perf_counter() - started}
+    bench.cache.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    torch.save(kept, temporary)
+    temporary.replace(path)
+    return kept
+
+
+class _Inputs:
+    """Batches for EVA: PEFT 0.21 takes `labels` for labels of tokens, so those of rows stay out."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.collator = bench.collator
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.collator(rows)
+        return batch if self.collator.kind == "causal-lm" else {k: v for k, v in batch.items() if k != "labels"}
+
+
+def _count(model: Any, bench: Bench, recipe: Recipe) -> int:
+    """LoRA parameters of the trained model; of AdaLoRA the A and B that are left; of "full" all of them."""
+    if recipe.kind == "full":
+        return sum(p.numel() for p in model.parameters())
+    if recipe.kind != "adalora":
+        return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    total = 0
+    for name, linear in bench.targets.items():
+        singular = model.get_submodule(f"base_model.model.{name}").lora_E["default"]
+        total += int((singular != 0).sum()) * (linear.in_features + linear.out_features)
+    return total
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR.exists():
+        CLEAR.write_text("5")  # Linux: the process's peak starts anew (proc_pid_clear_refs(5))
+
+
+def _peak_memory() -> int | None:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if not STATUS.exists():
+        return None
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])

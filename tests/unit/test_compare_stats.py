@@ -1,0 +1,105 @@
+"""The numbers of a comparison: intervals, paired differences, corrections, verdicts, the Pareto front."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gelora_plugins.compare_stats import (
+    Difference,
+    holm,
+    mean_interval,
+    paired_difference,
+    pareto,
+    smallest_difference,
+    verdict,
+)
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    scores = [80.0, 82.5, 81.0, 79.5, 84.0]
+    mean, half = mean_interval(scores)
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(scores), scale=stats.sem(scores))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_one_score_has_no_interval() -> None:
+    assert mean_interval([81.0]) == (81.0, None)
+
+
+def test_the_paired_interval_holds_the_true_difference_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(300):
+        ours, theirs = rng.normal(1.0, 1.0, 5), rng.normal(0.0, 1.0, 5)
+        interval = paired_difference(ours, theirs).interval
+        assert interval is not None
+        held.append(interval[0] <= 1.0 <= interval[1])
+    assert 0.93 <= np.mean(held) <= 0.995, "the percentile bootstrap comes to 0.85 here"
+
+
+def test_pairing_removes_what_the_seeds_share() -> None:
+    seeds = np.array([70.0, 90.0, 75.0, 85.0, 80.0])
+    raised = seeds + np.array([1.0, 1.2, 0.9, 1.1, 0.8])
+    found = paired_difference(raised, seeds)
+    assert found.mean == pytest.approx(1.0)
+    assert found.p < 0.01
+    assert verdict(found, found.p) == "better"
+    assert verdict(paired_difference(seeds, raised), found.p) == "worse"
+
+
+def test_the_same_scores_are_equal_within_nothing() -> None:
+    found = paired_difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (found.mean, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
+    assert verdict(found, found.p) == "equal within 0"
+
+
+def test_a_difference_that_cannot_be_told_is_equal_within_the_far_end_of_its_interval() -> None:
+    found = Difference(mean=0.5, interval=(-1.0, 2.0), p=0.3, smallest=1.5, seeds=5)
+    assert verdict(found, 0.3) == "equal within 2"
+
+
+def test_a_correction_can_take_a_verdict_away() -> None:
+    found = Difference(mean=0.5, interval=(0.1, 0.9), p=0.03, smallest=0.5, seeds=5)
+    assert verdict(found, 0.03) == "better"
+    assert verdict(found, 0.09) == "equal within 0.9"
+
+
+def test_a_difference_within_the_margin_is_equal_however_sure_it_is() -> None:
+    found = Difference(mean=0.5, interval=(0.1, 0.9), p=0.001, smallest=0.5, seeds=5)
+    assert verdict(found, 0.001, margin=1.0) == "equal within 0.9"
+    assert verdict(found, 0.001, margin=0.8) == "better"
+
+
+def test_two_seeds_give_no_verdict() -> None:
+    found = paired_difference([1.0, 2.0], [0.0, 0.0])
+    assert verdict(found, found.p) == "no verdict: 2 seeds, at least 3 are needed"
+
+
+def test_more_seeds_than_can_be_enumerated_give_nearly_students_interval() -> None:
+    differences = np.random.default_rng(1).normal(0.3, 1.0, 40)
+    found = paired_difference(differences, np.zeros(40))
+    expected = stats.ttest_1samp(differences, 0.0)
+    assert found.interval == pytest.approx(tuple(expected.confidence_interval()), abs=0.03)
+    assert found.p == pytest.approx(expected.pvalue, abs=0.02)
+
+
+def test_the_smallest_difference_is_found_in_four_of_five_experiments() -> None:
+    rng = np.random.default_rng(0)
+    sample = rng.normal(0.0, 1.0, 8)
+    sample = (sample - sample.mean()) / sample.std(ddof=1)  # a spread of exactly 1
+    drawn = rng.normal(smallest_difference(sample.tolist()), 1.0, (4000, 8))
+    assert (stats.ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_holms_correction() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [(1, 70.0), (2, 80.0), (4, 75.0), (8, 80.0), (8, 85.0)]
+    assert pareto(points) == [0, 1, 4]
+    assert pareto([(1, math.pi), (1, math.pi)]) == [0, 1]

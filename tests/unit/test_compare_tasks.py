@@ -1,0 +1,103 @@
+"""Tasks of a comparison: what rows may hold, what counts in the loss, how answers are scored."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gelora_plugins.compare_tasks import IGNORED_LABEL, SCORES, Collator, Task, encode, evaluate, split_fifth
+from gelora_plugins.errors import ConfigError, ProbeError
+
+ROWS = [{"text": f"a {i}", "label": "yes" if i % 2 else "no"} for i in range(20)]
+
+
+class Letters:
+    """One token per letter."""
+
+    eos_token_id = 2
+
+    def __call__(self, first: str, second: str = "", max_length: int = 99, **options: Any) -> dict[str, Any]:
+        ids = [ord(letter) for letter in first + second]
+        return {"input_ids": ids[:max_length] if options.get("truncation") else ids}
+
+
+def test_labels_are_numbered_in_their_order() -> None:
+    task = Task("t", "classification", ROWS, ROWS[:4])
+    assert task.labels == ("no", "yes")
+    assert [row["labels"] for row in encode(task, ROWS[:3], Letters())] == [0, 1, 0]
+
+
+def test_only_the_completion_counts() -> None:
+    rows = [{"prompt": "ab", "completion": "cde"}] * 12
+    task = Task("t", "causal-lm", rows, rows)
+    row = encode(task, rows, Letters())[0]
+    assert row["input_ids"] == [97, 98, 99, 100, 101, 2]
+    assert row["labels"] == [IGNORED_LABEL, IGNORED_LABEL, 99, 100, 101, 2]
+    short = Task("t", "causal-lm", rows, rows, max_length=4)
+    assert encode(short, rows, Letters())[0]["labels"] == [IGNORED_LABEL, IGNORED_LABEL, 99, 100]
+
+
+def test_a_fifth_is_held_out_and_nothing_is_lost() -> None:
+    kept, fifth = split_fifth(list(range(23)))
+    assert len(fifth) == 4
+    assert sorted(kept + fifth) == list(range(23))
+    assert split_fifth(list(range(23))) == (kept, fifth)
+
+
+MISTAKES = {
+    "kind": ({"kind": "ranking"}, "The kind of task is 'ranking'; expected one of: classification, regression, causal"),
+    "metric": ({"metric": "bleu"}, "The metric is 'bleu'; expected one of: accuracy, mcc, f1, loss for classification"),
+    "too few": ({"train": ROWS[:3]}, "3 training rows and 4 test rows; expected 10 and 1"),
+    "labels": (
+        {"train": [{"label": i} for i in range(12)], "test": [{"label": 1}], "metric": "mcc"},
+        "two labels; the",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_task_that_cannot_be_is_refused(mistake: str) -> None:
+    changes, words = MISTAKES[mistake]
+    with pytest.raises((ConfigError, ProbeError), match=words):
+        Task(**{"name": "t", "kind": "classification", "train": ROWS, "test": ROWS[:4], **changes})
+
+
+def test_a_row_without_text_or_label_is_named() -> None:
+    task = Task("t", "classification", ROWS, ROWS[:4])
+    with pytest.raises(ProbeError, match="A row has the fields words; expected text, text_a and text_b, prompt and"):
+        encode(task, [{"words": "a"}], Letters())
+    with pytest.raises(ProbeError, match="A row has the fields text; expected a label for classification"):
+        encode(task, [{"text": "a"}], Letters())
+
+
+def test_scores_are_what_they_are_by_hand() -> None:
+    answers, labels = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 0, 1, 1])  # tp 2, fp 1, fn 1, tn 2
+    assert SCORES["accuracy"](answers, labels) == pytest.approx(4 / 6)
+    assert SCORES["f1"](answers, labels) == pytest.approx(4 / 6)
+    assert SCORES["mcc"](answers, labels) == pytest.approx((2 * 2 - 1 * 1) / 9)
+    assert SCORES["mcc"](np.ones(6), labels) == 0.0, "one answer to everything"
+    assert SCORES["spearman"](np.array([0.1, 5.0, 7.0]), np.array([1.0, 2.0, 9.0])) == pytest.approx(1.0)
+
+
+def test_padding_and_prompts_are_not_in_the_loss() -> None:
+    """The loss over two rows of other lengths is the mean over all tokens that count."""
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "labels": [IGNORED_LABEL, IGNORED_LABEL, 3, 4]},
+        {"input_ids": [1, 3], "labels": [IGNORED_LABEL, 3]},
+    ]
+    logits = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))  # what follows each token
+
+    class Bigrams(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(logits)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return SimpleNamespace(logits=self.table[input_ids])
+
+    score, loss = evaluate(Bigrams(), rows, Collator("causal-lm", 0), "loss", batch_size=2)
+    pairs = [(2, 3), (3, 4), (1, 3)]
+    expected = -sum(logits.log_softmax(-1)[before, after].item() for before, after in pairs) / 3
+    assert score == loss == pytest.approx(expected, rel=1e-5)
