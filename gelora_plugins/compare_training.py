@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -149,8 +151,7 @@ def _with_eva(bench: Bench, model: Any, budget: int) -> Any:
     """The base's LoRA with the components that `measure_eva` kept; PEFT sets ranks and keeps the scaling."""
     config = LoraConfig(**_common(bench), init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
     wrapped = get_peft_model(model, config)
-    state = torch.load(_eva_file(bench, budget), weights_only=True)["state"]
-    state = {f"base_model.model.{name}": components for name, components in state.items()}
+    state = {f"base_model.model.{name}": components for name, components in _eva(bench, budget)["state"].items()}
     initialize_lora_eva_weights(wrapped, eva_state_dict=state)
     return wrapped
 
@@ -180,15 +181,13 @@ def measure_eva(bench: Bench, parameters: int) -> tuple[Recipe, dict[str, int], 
     )
 
 
-def _eva_file(bench: Bench, budget: int) -> Path:
-    return bench.cache / f"eva-{budget}.pt"
-
-
 def _eva(bench: Bench, budget: int) -> dict[str, Any]:
     """{"state": components (rank, in_features) float32 per module, "seconds"} at `budget` ranks in all; kept."""
-    path = _eva_file(bench, budget)
+    path = bench.cache / f"eva-{budget}.safetensors"
     if path.is_file():
-        return dict(torch.load(path, weights_only=True))
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {"state": state, "seconds": float(file.metadata()["seconds"])}
     low, left = divmod(budget, len(bench.targets))
     ranks = {name.replace(".", r"\."): low + (i < left) for i, name in enumerate(bench.targets)}
     config = LoraConfig(**_common(bench), rank_pattern=ranks, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO))
@@ -204,12 +203,13 @@ def _eva(bench: Bench, budget: int) -> dict[str, Any]:
     model = bench.load(0)
     started = time.perf_counter()
     state = get_eva_state_dict(model, loader, config, show_progress_bar=False)
-    kept = {"state": state, "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
     bench.cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    torch.save(kept, temporary)
+    state = {name: components.contiguous() for name, components in state.items()}
+    save_file(state, temporary, metadata={"seconds": str(seconds)})
     temporary.replace(path)
-    return kept
+    return {"state": state, "seconds": seconds}
 
 
 class _Inputs:
