@@ -220,9 +220,9 @@ class RankSelection:
                 "optimizer_cls_and_kwargs=... instead of optimizers=..., or choose the ranks before the optimizer is "
                 "made: plan = select_ranks(model, rows); apply_plan(model, plan)."
             )
-        if self.trainer.is_fsdp_enabled or is_zero3(self.trainer):
+        if self.trainer.is_fsdp_enabled or is_zero3(self.trainer) or is_loaded_sharded(self.trainer):
             raise ApplyError(
-                "The model will be sharded (FSDP or DeepSpeed ZeRO-3), and its adapter cannot be resized here. Make "
+                "The model is sharded, or will be (FSDP or DeepSpeed ZeRO-3); its adapter cannot be resized here. Make "
                 "the plan before, in one process: gelora probe MODEL DATA -o profile.json, then gelora plan "
                 "profile.json -o plan.json; then LoraConfig(**RankPlan.load('plan.json').lora_config_kwargs(), ...) "
                 "without GeLoRACallback. To resume, use the gelora/plan.json of the checkpoint."
@@ -340,6 +340,11 @@ def is_zero3(trainer: Trainer) -> bool:
     """Whether DeepSpeed ZeRO-3 partitions the parameters, which are empty then."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     return plugin is not None and plugin.zero_stage == 3
+
+
+def is_loaded_sharded(trainer: Trainer) -> bool:
+    """Whether `from_pretrained(distributed_config=...)` sharded the model (transformers 5.20 to 5.23)."""
+    return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))
 
 
 def _num_trainable(model: nn.Module) -> int:
