@@ -88,8 +88,8 @@ def probe_memory() -> str:
     peaks = {name: [_mib(peak) for peak in sorted(values)] for name, values in found["peak_bytes"].items()}
     return (
         f"The pooled features of that are {_mib(found['pooled_bytes'])}. Peaks above the model, each in a fresh "
-        f"process: bare {', '.join(peaks['bare'])}; probe {', '.join(peaks['probe'])}. The medians differ by "
-        f"{found['beyond_bare_over_pooled']:.2f} times the pooled features."
+        f"process: bare {', '.join(peaks['bare'])}; probe {', '.join(peaks['probe'])}. The probe's median "
+        f"differs by {found['beyond_bare_over_pooled']:+.2f} times the pooled features; the rest is malloc's doing."
     )
 
 
