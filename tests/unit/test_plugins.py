@@ -48,7 +48,11 @@ def test_the_default_options_name_something_that_exists(kind):
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("estimator", "twonn, twonn_mle"), ("pooling", "first, last, mean"), ("policy", "budget, gelora, uniform")],
+    [
+        ("estimator", "gride, mle, twonn, twonn_mle"),
+        ("pooling", "first, last, mean"),
+        ("policy", "budget, gelora, uniform"),
+    ],
 )
 def test_an_unknown_name_lists_what_exists(install, kind, names):
     install()
