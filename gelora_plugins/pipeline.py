@@ -133,7 +133,7 @@ def measure(
             profile = processes.decide(partial(_profile, store, probe_set, config, facts))
             if profile is not None and _is_known(profile):
                 break
-    assert profile is not None
+    assert profile is not None  # with the last of the documents `_profile` gives one or raises
     check_dimensions(profile)
     return profile
 
