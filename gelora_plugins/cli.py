@@ -231,7 +231,8 @@ def compare(
     ] = "all-linear",
     grid: Annotated[str, typer.Option(help="Uniform ranks to compare with, with commas.")] = "1,2,4,8,16,32",
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 5,
-    rates: Annotated[str, typer.Option(help="Learning rates to choose from, with commas.")] = "3e-4,1e-3,3e-3",
+    rates: Annotated[str, typer.Option(help="Learning rates to choose from, with commas.")] = "3e-4,1e-3,3e-3,1e-2",
+    bf16: Annotated[bool, typer.Option(help="Train and score in bfloat16 mixed precision.")] = False,
     epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens of a row; what is longer is cut there.")] = 128,
@@ -252,7 +253,7 @@ def compare(
     settings = Settings(
         rank, alpha, target_modules, _list(methods, str) or METHODS, _list(grid, int), seeds, _list(rates, float)
     )
-    settings = replace(settings, epochs=epochs, batch_size=batch_size, margin=margin)
+    settings = replace(settings, epochs=epochs, batch_size=batch_size, margin=margin, bf16=bf16)
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
     loaded = load_task(name or Path(data).name.split(".")[0], task, data, test, metric=metric, **sizes)
     plans = {path.stem: RankPlan.load(path) for path in plan} if plan else None

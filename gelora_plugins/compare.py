@@ -217,7 +217,7 @@ def _experiment(
             "train_rows": len(task.train),
             "test_rows": len(task.test),
         },
-        "model": Path(bench.model).name,
+        "model": "/".join(Path(bench.model).parts[-2:]),
         "blocks": [site.name for site in bench.sites],
         "settings": asdict(bench.settings),
         "identity": bench.identity,

@@ -22,7 +22,7 @@ from gelora_plugins.pipeline import find_layout
 from gelora_plugins.ranks import Site, layout_sites
 from gelora_plugins.report import versions
 
-_TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup")
+_TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Settings:
         rate_seeds: runs for each rate, on four fifths of the training rows, scored on the fifth.
         epochs, batch_size, warmup: of every run; the rate rises over the share `warmup` of the steps, then falls
             linearly to 0.
+        bf16: train and score in bfloat16 mixed precision. The weights, the probe and EVA stay in float32.
         margin: differences up to this are called equal; hundredths of a score, or loss as it is.
     """
 
@@ -48,11 +49,12 @@ class Settings:
     methods: tuple[str, ...] = METHODS
     grid: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     seeds: int = 5
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     rate_seeds: int = 1
     epochs: int = 3
     batch_size: int = 16
     warmup: float = 0.06
+    bf16: bool = False
     margin: float = 0.0
 
     def __post_init__(self) -> None:

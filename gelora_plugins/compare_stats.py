@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from scipy import stats
 LEVEL = 0.95
 POWER = 0.8
 MIN_SEEDS = 3  # two differences have no spread worth the name
-_EXACT = 6  # up to here all n^n resamples are taken, beyond it _RESAMPLES of them
-_RESAMPLES = 20_000
 
 
 @dataclass(frozen=True)
@@ -47,40 +44,23 @@ def mean_interval(scores: Sequence[float]) -> tuple[float, float | None]:
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """`ours` minus `theirs`, seed by seed, with a studentised paired bootstrap over the seeds.
+    """`ours` minus `theirs`, seed by seed, by Student's paired t test.
 
-    The plain percentile bootstrap is too narrow here: for five normal differences its 95 % interval holds the true
-    mean 85 % of the time, the symmetric studentised one (Hall 1988) 97 % of the time (benchmarks/compare_coverage.py).
+    For five normal differences the 95 % interval of the percentile bootstrap holds the true mean 84 % of the time, that
+    of t 94 %. A studentised bootstrap comes to 98 %, but with five seeds some resamples have next to no spread, and one
+    interval in twenty is five times as wide as t's usual one (benchmarks/compare_coverage.py).
     """
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     n, mean = len(differences), float(differences.mean())
     if n < MIN_SEEDS:
         return Difference(mean, None, 1.0, None, n)
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
-    if error <= 1e-12 * abs(mean) or error == 0:  # the same difference at every seed: nothing to resample
+    if np.ptp(differences) <= 1e-12 * abs(mean):  # the same difference at every seed: a sign test is what is left
         return Difference(mean, (mean, mean), 1.0 if mean == 0 else 2.0 / 2**n, 0.0, n)
-    drawn = _studentised(differences)
-    width = float(np.quantile(drawn, LEVEL)) * error
-    p = (1 + int((drawn >= abs(mean) / error).sum())) / (1 + len(drawn))
-    return Difference(mean, (mean - width, mean + width), p, smallest_difference(differences.tolist()), n)
-
-
-def _studentised(
-    differences: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """|mean* - mean| / standard error* of every resample that has a spread."""
-    n = len(differences)
-    if n <= _EXACT:
-        index = np.array(list(itertools.product(range(n), repeat=n)))
-    else:
-        index = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
-    resamples = differences[index]
-    errors = resamples.std(axis=1, ddof=1) / math.sqrt(n)
-    kept = errors > 1e-9 * float(np.abs(differences).max())
-    result: np.ndarray[tuple[int], np.dtype[np.float64]] = (
-        np.abs(resamples[kept].mean(axis=1) - differences.mean()) / errors[kept]
+    found = stats.ttest_1samp(differences, 0.0)
+    low, high = found.confidence_interval(LEVEL)
+    return Difference(
+        mean, (float(low), float(high)), float(found.pvalue), smallest_difference(differences.tolist()), n
     )
-    return result
 
 
 def smallest_difference(differences: Sequence[float]) -> float:

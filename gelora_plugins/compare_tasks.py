@@ -194,7 +194,9 @@ def _padded(rows: Sequence[Row], name: str, length: int, value: int) -> Tensor:
     return torch.tensor([[*row[name], *[value] * (length - len(row[name]))] for row in rows])
 
 
-def evaluate(model: Any, rows: Sequence[Row], collator: Collator, metric: str, batch_size: int) -> tuple[float, float]:
+def evaluate(
+    model: Any, rows: Sequence[Row], collator: Collator, metric: str, batch_size: int, *, bf16: bool = False
+) -> tuple[float, float]:
     """(score, loss) of `model` on encoded rows. The loss is the mean per token that counts, or per row.
 
     It is computed from the logits: the loss that PEFT 0.21 returns for AdaLoRA has its regulariser in it.
@@ -205,7 +207,7 @@ def evaluate(model: Any, rows: Sequence[Row], collator: Collator, metric: str, b
     total, count = 0.0, 0
     answers: list[Tensor] = []
     labels: list[Tensor] = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for start in range(0, len(ordered), batch_size):
             batch = {name: x.to(device) for name, x in collator(ordered[start : start + batch_size]).items()}
             target = batch.pop("labels")

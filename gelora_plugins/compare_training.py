@@ -62,7 +62,9 @@ def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool)
     lora = _count(model, bench, recipe)
     if abs(lora - recipe.parameters) >= TOLERANCE * recipe.parameters:
         raise PlanError(f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned.")
-    score, loss = evaluate(model, scored, bench.collator, bench.task.metric, 4 * bench.settings.batch_size)
+    score, loss = evaluate(
+        model, scored, bench.collator, bench.task.metric, 4 * bench.settings.batch_size, bf16=bench.settings.bf16
+    )
     return {
         "score": score if math.isfinite(score) else None,
         "loss": loss if math.isfinite(loss) else None,
@@ -85,6 +87,8 @@ def _arguments(bench: Bench, scratch: str, seed: int, rate: float) -> TrainingAr
         per_device_train_batch_size=bench.settings.batch_size,
         learning_rate=rate,
         warmup_steps=bench.settings.warmup,
+        bf16=bench.settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # without it transformers 5 looks for a GPU that has bfloat16
         seed=seed,
         data_seed=seed,
         train_sampling_strategy="group_by_length",  # padding would be half of the work

@@ -82,15 +82,23 @@ def gelora(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, con
 
 
 def budget(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, config: GeLoRAConfig) -> list[int]:
-    """The relative need of `gelora`, fractions kept, within the LoRA parameters that `base_rank` everywhere costs.
+    """The relative need of `gelora`, fractions kept, within the LoRA parameters that `base_rank` everywhere costs."""
+    return within_budget(needs(profile, sites), sites, base_rank)
+
+
+def within_budget(needs: Sequence[float], sites: Sequence[Site], base_rank: int) -> list[int]:
+    """Ranks proportional to `needs`, one per site, within the LoRA parameters that `base_rank` everywhere costs.
 
     No rank is below 1. What whole ranks leave over goes to the largest remainders, one rank each, where it fits. So no
     rank is further than 1 from its share, and the cost is exactly the budget where all sites cost the same, else under
     it by less than one rank of any site that got none.
+
+    Args:
+        needs: finite numbers, none below 0 and not all 0.
     """
     costs = [site.parameters_per_rank for site in sites]
     total = base_rank * sum(costs)
-    exact = _proportional([Fraction(need) for need in needs(profile, sites)], costs, total)
+    exact = _proportional([Fraction(need) for need in needs], costs, total)
     ranks = [math.floor(share) for share in exact]
     left = total - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     order = sorted(range(len(sites)), key=lambda i: (ranks[i] - exact[i], i))  # largest remainder first

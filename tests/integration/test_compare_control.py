@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from gelora_plugins import GeLoRAConfig
@@ -17,23 +18,17 @@ from gelora_plugins.compare import compare, measured, planned
 from gelora_plugins.compare_bench import Bench, Settings
 from gelora_plugins.compare_report import Contrast
 from gelora_plugins.compare_tasks import Task
+from tests.exchangeable import build_exchangeable
 from tests.tiny import build
 
 OUTPUTS, VOCABULARY = 16, 20
-MARGIN = 0.01  # the variance of the labels is 1; where a block stands makes a difference of half of this
 
 
-def student(spread: float) -> Any:
-    """Three blocks of 32 features, without dropout; `spread` is the standard deviation of its weights."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "initializer_range": spread, "num_labels": OUTPUTS}
-    return build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes).eval()
-
-
-def with_updates(model: Any, ranks: Sequence[int], size: float) -> Any:
-    """The model with a random update of `ranks[i]` in every linear map of block i; none where it is 0."""
-    generator = torch.Generator().manual_seed(1)
-    for layer, rank in zip(model.bert.encoder.layer, ranks, strict=True):
-        for module in layer.modules():
+def with_updates(model: Any, blocks: nn.ModuleList, ranks: Sequence[int], size: float, seed: int = 1) -> Any:
+    """The model with a random update of `ranks[i]` in every linear map of `blocks[i]`; none where it is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for block, rank in zip(blocks, ranks, strict=True):
+        for module in block.modules():
             if isinstance(module, nn.Linear) and rank:
                 rows, columns = module.weight.shape
                 left, right = (torch.randn(*shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
@@ -63,7 +58,6 @@ def contrast(
         epochs=epochs,
         batch_size=32,
         seeds=8,
-        margin=MARGIN,
     )
     bench = Bench(str(folder / "model"), task, settings, folder / "out" / "control")
     config = GeLoRAConfig()
@@ -74,16 +68,39 @@ def contrast(
 
 
 def test_an_allocation_that_the_blocks_need_beats_its_permutations(tmp_path: Path) -> None:
-    model = student(0.3)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_labels": OUTPUTS}
+    model = build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes).eval()
     model.save_pretrained(tmp_path / "model")
-    rows = answers(with_updates(model, (0, 0, 16), size=1.0), 3200, length=4)
+    rows = answers(with_updates(model, model.bert.encoder.layer, (0, 0, 16), size=1.0), 3200, length=4)
     found = contrast(tmp_path, rows, (1, 1, 16), rate=5e-3, epochs=3)
     assert found.verdict == "better", str(found)
 
 
-def test_an_allocation_that_no_block_needs_is_equal_to_its_permutations(tmp_path: Path) -> None:
-    model = student(0.02)  # so small that a block does the same wherever it stands
+def test_exchangeable_blocks_answer_the_same_with_their_adapters_exchanged() -> None:
+    ranks = {r"blocks\.0\..*": 6}
+    options = {"r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks, "init_lora_weights": False}
+    model: Any = get_peft_model(
+        build_exchangeable(OUTPUTS), LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", **options)
+    ).eval()
+    blocks = model.get_base_model().blocks
+    first, last = ([p for name, p in block.named_parameters() if "lora_" in name] for block in (blocks[0], blocks[2]))
+    ids = torch.arange(24).reshape(3, 8)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for ours, theirs in zip(first, last, strict=True):
+            ours.data, theirs.data = theirs.data, ours.data
+        after = model(input_ids=ids).logits
+        with model.disable_adapter():
+            without = model(input_ids=ids).logits
+    assert [len(p) for p in last] == [6, 32, 6, 32]
+    assert torch.allclose(before, after, rtol=0, atol=1e-5)
+    assert not torch.allclose(before, without, rtol=0, atol=0.1)
+
+
+def test_an_allocation_of_exchangeable_blocks_is_equal_to_its_permutations(tmp_path: Path) -> None:
+    """Its difference to them is 0 whatever the blocks need, so that only five draws in a hundred find one."""
+    model = build_exchangeable(OUTPUTS)
     model.save_pretrained(tmp_path / "model")
-    rows = answers(with_updates(model, (1, 1, 1), size=0.5), 800, length=8)
+    rows = answers(with_updates(model, model.blocks, (1, 1, 1), size=0.5), 800, length=8)
     found = contrast(tmp_path, rows, (6, 1, 1), rate=3e-3, epochs=8)
     assert found.verdict.startswith("equal within"), str(found)

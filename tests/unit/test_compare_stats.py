@@ -36,7 +36,7 @@ def test_the_paired_interval_holds_the_true_difference_as_often_as_it_says() -> 
         interval = paired_difference(ours, theirs).interval
         assert interval is not None
         held.append(interval[0] <= 1.0 <= interval[1])
-    assert 0.93 <= np.mean(held) <= 0.995, "the percentile bootstrap comes to 0.85 here"
+    assert 0.92 <= np.mean(held) <= 0.98, "the percentile bootstrap comes to 0.85 here"
 
 
 def test_pairing_removes_what_the_seeds_share() -> None:
@@ -77,12 +77,17 @@ def test_two_seeds_give_no_verdict() -> None:
     assert verdict(found, found.p) == "no verdict: 2 seeds, at least 3 are needed"
 
 
-def test_more_seeds_than_can_be_enumerated_give_nearly_students_interval() -> None:
-    differences = np.random.default_rng(1).normal(0.3, 1.0, 40)
-    found = paired_difference(differences, np.zeros(40))
-    expected = stats.ttest_1samp(differences, 0.0)
-    assert found.interval == pytest.approx(tuple(expected.confidence_interval()), abs=0.03)
-    assert found.p == pytest.approx(expected.pvalue, abs=0.02)
+def test_the_paired_interval_is_students() -> None:
+    differences = np.random.default_rng(1).normal(0.3, 1.0, 5)
+    found = paired_difference(differences, np.zeros(5))
+    half = stats.t.ppf(0.975, 4) * stats.sem(differences)
+    assert found.interval == pytest.approx((differences.mean() - half, differences.mean() + half))
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(differences.mean()) / stats.sem(differences), 4))
+
+
+def test_one_difference_at_every_seed_is_judged_by_its_sign_alone() -> None:
+    found = paired_difference([2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.mean, found.interval, found.p) == (1.0, (1.0, 1.0), 2 / 2**5)
 
 
 def test_the_smallest_difference_is_found_in_four_of_five_experiments() -> None:
