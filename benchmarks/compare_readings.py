@@ -50,6 +50,7 @@ def readings(bench: Bench) -> dict[str, list[float]]:
         "either way": [1 + abs(after - before) if before else 1.0 for before, after in before_and_after],
         "attention": [max(growth or 0.0, 0.0) + 1 for growth in over_attention(bench).growth()[::2]],
         "middle token": needs(measured(bench, GeLoRAConfig(pooling="middle")), bench.sites),
+        "ramp": [float(place) for place, _ in enumerate(bench.sites, 1)],
     }
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from machine import RESULTS, machine
 
-from gelora_plugins import records
-from gelora_plugins.compare import compare
-from gelora_plugins.compare_bench import Settings
+from gelora_plugins import GeLoRAConfig, records
+from gelora_plugins.compare import compare, default_plans
+from gelora_plugins.compare_bench import Bench, Settings
 from gelora_plugins.compare_tasks import Task, load_task
 from gelora_plugins.demo import smollm2
 
@@ -46,8 +46,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "mrpc": {"kind": "classification", "metric": "f1", "train_rows": 600, "max_length": 96},
     "rte": {"kind": "classification", "metric": "accuracy", "train_rows": 600, "max_length": 96},
     "stsb": {"kind": "regression", "metric": "spearman", "train_rows": 1000, "test_rows": 500, "max_length": 64},
-    "gsm8k": {"kind": "causal-lm", "train_rows": 200, "test_rows": 60, "max_length": 192},
-    "dolly_open_qa": {"kind": "causal-lm", "train_rows": 200, "test_rows": 60, "max_length": 128},
+    "gsm8k": {"kind": "causal-lm", "train_rows": 160, "test_rows": 60, "max_length": 192},
+    "dolly_open_qa": {"kind": "causal-lm", "train_rows": 160, "test_rows": 60, "max_length": 128},
 }
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 DOCSTRINGS_TRAIN, DOCSTRINGS_TEST = 500, 400
@@ -74,6 +74,20 @@ def docstrings() -> Task:
     )
 
 
+def fresh_sst2(data: Path) -> Task:
+    """SST-2 without the rows that `sst2` is trained and tested on; all are from the training file."""
+    known = {row["text"] for row in from_files("sst2", data).train}
+    rows = [row for row in from_files("sst2", data, train_rows=None).train if row["text"] not in known]
+    random.Random(1).shuffle(rows)
+    return Task("sst2_fresh", "classification", rows[:600], rows[600:2600], max_length=48)
+
+
+def from_files(name: str, data: Path, **others: Any) -> Task:
+    """A task of DATA/NAME in its usual size, but for `others`."""
+    train, test = (str(data / name / f"{part}.jsonl.gz") for part in ("train", "validation"))
+    return load_task(name, data=train, test=test, **{**SIZES[name], **others})
+
+
 def _docstrings(package: str) -> Iterator[str]:
     for path in sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -89,8 +103,7 @@ def task_and_settings(name: str, data: Path | None) -> tuple[str, Task, Settings
         return minilm(), docstrings(), replace(MINILM, rates=(*MINILM.rates, 3e-2))  # its best rates are high
     if data is None:
         raise SystemExit(f"{name} needs --data DIR with DIR/{name}/train.jsonl.gz and validation.jsonl.gz")
-    folder = data / name
-    task = load_task(name, data=str(folder / "train.jsonl.gz"), test=str(folder / "validation.jsonl.gz"), **SIZES[name])
+    task = fresh_sst2(data) if name == "sst2_fresh" else from_files(name, data)
     if task.kind != "causal-lm":
         return minilm(), task, replace(MINILM, epochs=EPOCHS.get(name, MINILM.epochs))
     rows = {
@@ -101,10 +114,12 @@ def task_and_settings(name: str, data: Path | None) -> tuple[str, Task, Settings
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=["docstrings", *SIZES])
+    parser.add_argument("tasks", nargs="+", choices=["docstrings", "sst2_fresh", *SIZES])
     parser.add_argument("--data", type=Path, help="folder of the tasks that are read from files")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rate-seeds", type=int, default=1, help="runs for each rate")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--plans", default="published,budget", help="which of GeLoRA's plans, with commas")
     parser.add_argument("--methods", help="which of the methods, with commas")
     parser.add_argument("--grid", help="uniform ranks, with commas")
     parser.add_argument("--output", type=Path)
@@ -113,7 +128,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def chosen(options: argparse.Namespace, settings: Settings) -> Settings:
     """The settings of a task with what the command line says otherwise."""
-    settings = replace(settings, seeds=options.seeds)
+    settings = replace(settings, seeds=options.seeds, rate_seeds=options.rate_seeds)
     if options.methods:
         settings = replace(settings, methods=tuple(options.methods.split(",")))
     if options.grid:
@@ -126,7 +141,10 @@ def main() -> None:
     output = options.output or RESULTS / "compare"
     for name in options.tasks:
         model, task, settings = task_and_settings(name, options.data)
-        found = compare(model, task, output, chosen(options, settings), jobs=options.jobs)
+        settings = chosen(options, settings)
+        plans = default_plans(Bench(model, task, settings, output / task.name), GeLoRAConfig())
+        plans = {plan: plans[plan] for plan in options.plans.split(",")}
+        found = compare(model, task, output, settings, plans=plans, jobs=options.jobs)
         found.write(output)
         print(found.table(name))
     print("\n".join(found.lines()))

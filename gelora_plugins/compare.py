@@ -7,10 +7,11 @@ import functools
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,7 @@ def design(
             per_rank = cost.in_features + cost.out_features
             budget = plan.num_parameters // per_rank
             adaptive["adalora"] = Recipe("adalora", budget * per_rank, budget=budget)
+            notes.append(f"{name}: AdaLoRA trains with 1.5 times these parameters at first, and ends with as many.")
         row = plan_row(name, plan, settings.methods, settings.seeds, adaptive, keep_alpha=name in keep_alpha)
         rows.append(row)
         notes += row.notes
@@ -322,7 +324,7 @@ def _workers(bench: Bench, jobs: int) -> Iterator[Train]:
         return
     bench.train, bench.test, bench.sites, bench.targets  # noqa: B018 - once here, not once in every process
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (threads,)) as pool:
 
         def train(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
             waiting = {pool.submit(functools.partial(_train, bench, made)): made for made in runs}
@@ -333,6 +335,22 @@ def _workers(bench: Bench, jobs: int) -> Iterator[Train]:
             yield train
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def start_worker(threads: int) -> None:
+    """Set up a process that trains: with so many threads, and no longer alive than the one that started it.
+
+    A worker of Python's own pool waits for work for ever when its parent is killed.
+    """
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _train(bench: Bench, made: Run) -> dict[str, Any]:

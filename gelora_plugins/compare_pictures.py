@@ -24,21 +24,24 @@ def draw_pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
         line = sorted((results[i].parameters, results[i].mean) for i in front)
         axes.plot(*zip(*line, strict=True), color="gray", linewidth=1, zorder=0)
         rows = list(dict.fromkeys(r.row for r in results if r.row != "full" and not r.row.startswith("uniform r = ")))
-        for i, result in enumerate(results):
-            color = f"C{rows.index(result.row)}" if result.row in rows else "black"
-            axes.errorbar(
-                result.parameters, result.mean, yerr=result.half_width, fmt="o", markersize=4, capsize=2, color=color
-            )
-            label = result.row if result.method == result.row or result.row not in rows else result.method
-            offset = (5, 4 + 8 * (i % 3 - 1))  # methods at equal parameters stand above each other
-            axes.annotate(
-                label.removeprefix("uniform "),
-                (result.parameters, result.mean),
-                xytext=offset,
-                textcoords="offset points",
-                fontsize=7,
-                color=color,
-            )
+        for cost in {result.parameters for result in results}:
+            group = {(r.scores, r.rate): r for r in reversed(results) if r.parameters == cost}  # a training stands once
+            for i, result in enumerate(reversed(group.values())):
+                color = f"C{rows.index(result.row)}" if result.row in rows else "black"
+                x = cost * 1.14 ** (i - (len(group) - 1) / 2)  # side by side, or they would hide each other
+                half = result.half_width or 0.0
+                axes.errorbar(x, result.mean, yerr=half, fmt="o", markersize=4, capsize=2, color=color)
+                label = result.row if result.method == result.row or result.row not in rows else result.method
+                axes.annotate(
+                    label.removeprefix("uniform "),
+                    (x, result.mean + half),
+                    xytext=(0, 3),
+                    textcoords="offset points",
+                    fontsize=7,
+                    rotation=70,
+                    color=color,
+                )
+        axes.margins(y=0.2)
         axes.set_xscale("log")
         axes.set_xlabel("trained parameters, without the head")
         axes.set_ylabel(task["metric"])

@@ -22,6 +22,7 @@ from gelora_plugins.compare_stats import (
 from gelora_plugins.errors import PlanError
 
 GRID = "uniform r = "
+WORDS = ("better", "equal", "worse")  # what a verdict begins with, when there is one
 CONTROLS = ("uniform", "permuted", "reversed", "eva", "adalora")
 _COLUMNS = (
     "method",
@@ -144,14 +145,23 @@ class Comparison:
         raise KeyError((task, row, ours, theirs))
 
     def lines(self) -> list[str]:
-        """Verdicts and notes, one sentence each."""
-        lines = [str(contrast) for contrast in self.contrasts]
+        """Verdicts and notes, one sentence each; where there are several tasks, first what the verdicts come to."""
+        lines = [*self._counts(), *map(str, self.contrasts)]
         for experiment in self.experiments:
             lines += [f"{experiment['task']['name']}: {note}" for note in experiment["notes"]]
         edge = [f"{r.task}, {r.row}, {r.method} ({r.rate:g})" for r in self.results if r.rate_at_edge]
         if edge:
             lines.append(f"The best learning rate was the lowest or highest of the grid for: {'; '.join(edge)}.")
         return lines
+
+    def _counts(self) -> Iterator[str]:
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for contrast in self.contrasts:
+            groups.setdefault((contrast.row, contrast.ours, contrast.theirs), []).append(contrast.verdict)
+        for (row, ours, theirs), verdicts in groups.items():
+            if len(verdicts) > 1:
+                counts = (f"{word} on {sum(v.startswith(word) for v in verdicts)}" for word in WORDS)
+                yield f"{row}: {ours} against {theirs} over {len(verdicts)} tasks: {', '.join(counts)}."
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""

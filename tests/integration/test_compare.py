@@ -2,11 +2,14 @@
 
 import json
 import random
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -132,6 +135,15 @@ def test_a_run_is_repeatable(model: str, task: Task, tmp_path: Path) -> None:
     assert first["head_parameters"] == 16 * 2 + 2
 
 
+def test_bfloat16_is_another_run_with_nearly_the_same_result(model: str, task: Task, tmp_path: Path) -> None:
+    exact = Bench(model, task, SETTINGS, tmp_path)
+    mixed = replace(exact, settings=replace(SETTINGS, bf16=True))
+    first, second = (run(bench, lora(UNEVEN, bench.sites), 0, 1e-3, choosing=False) for bench in (exact, mixed))
+    assert first["loss"] != second["loss"]
+    assert second["loss"] == pytest.approx(first["loss"], rel=0.02)
+    assert exact.cache != mixed.cache
+
+
 def test_evas_ranks_cost_what_was_asked_where_modules_differ_in_size(model: str, task: Task, tmp_path: Path) -> None:
     bench = Bench(model, task, replace(SETTINGS, target_modules="all-linear"), tmp_path)
     asked = lora((8, 8, 8), bench.sites).parameters
@@ -212,6 +224,30 @@ def test_processes_side_by_side_give_the_same_scores(
     assert together.results[0].scores == alone.results[0].scores
 
 
+def test_no_process_outlives_a_comparison_that_is_killed() -> None:
+    script = """if __name__ == "__main__":
+        import os, time
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+        from gelora_plugins.compare import start_worker
+        pool = ProcessPoolExecutor(1, get_context("spawn"), start_worker, (1,))
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(600)"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        worker = int(killed.stdout.readline())
+        assert is_alive(worker)
+        killed.kill()
+    deadline = time.monotonic() + 30
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(worker)
+
+
+def is_alive(process: int) -> bool:
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+
+
 # What is shown
 
 
@@ -224,6 +260,20 @@ def test_the_report_is_written_and_read_again(found: tuple[Comparison, Path], tm
     text = paths[1].read_text()
     assert "| mine: permuted | 1,536 |" in text
     assert "tiny, mine: mine is " in text
+
+
+def test_several_tasks_are_counted_in_one_line(found: tuple[Comparison, Path], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        experiment = json.loads((found[1] / "tiny" / "experiment.json").read_text())
+        experiment["task"]["name"] = name
+        (tmp_path / name / "experiment.json").write_text(json.dumps(experiment))
+        (tmp_path / name / "runs.jsonl").write_text((found[1] / "tiny" / "runs.jsonl").read_text())
+    verdict = found[0].contrast("tiny", "mine", "mine", "uniform").verdict
+    assert verdict.startswith("equal")
+    line = "mine: mine against uniform over 2 tasks: better on 0, equal on 2, worse on 0."
+    assert Comparison.read(tmp_path).lines()[0] == line
+    assert line not in found[0].lines()
 
 
 def test_the_command_line_compares_causal_language_models(
