@@ -43,7 +43,7 @@ def draw_pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
                 )
         axes.margins(y=0.2)
         axes.set_xscale("log")
-        axes.set_xlabel("trained parameters, without the head")
+        axes.set_xlabel("trained parameters, without the head; equal ones stand side by side")
         axes.set_ylabel(task["metric"])
         axes.set_title(f"{task['name']} ({task['train_rows']} training rows)")
     figure.savefig(path, dpi=120)

@@ -8,6 +8,7 @@ from typing import Any
 
 from gelora_plugins import GeLoRAConfig
 from tests.kinds import matrix
+from tests.readme_comparison import choices, compared, confirmation, readings, scores, smallest, verdicts
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
@@ -186,6 +187,13 @@ PARTS = (
     against_eva,
     sensitivity,
     sample_size,
+    compared,
+    scores,
+    verdicts,
+    smallest,
+    confirmation,
+    readings,
+    choices,
 )
 
 

@@ -1,0 +1,174 @@
+"""The README's parts that are made from recorded comparisons, for `tests.readme_parts`."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gelora_plugins.compare_stats import paired_difference
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+GRID = "uniform r = "
+FOLDERS = ("compare", "compare-confirm", "compare-readings", "compare-sensitivity")
+NEW_SEEDS = {"sst2": 5, "sst2_fresh": 0}  # PREREGISTRATION.md: from which seed on the confirmation is judged
+CHOOSING = ("docstrings", "sst2")
+AGAINST = ("uniform", "permuted", "reversed", "eva", "adalora")
+
+
+def compared() -> str:
+    tasks, hours = read("compare")["tasks"], {task: _hours(("compare", task)) for task in _tasks("compare")}
+    lines = ["| task | model | score | rows to train, to test | epochs | seeds | hours |", "| --- |" + " --- |" * 6]
+    lines += [
+        f"| {task['name']} | {_model(task)} | {_score(task)} | {task['train_rows']:,}, {task['test_rows']:,} | "
+        f"{task['settings']['epochs']} | {task['settings']['seeds']} | {hours[task['name']]:.1f} |"
+        for task in tasks
+    ]
+    everything = _hours(*((folder, task) for folder in FOLDERS for task in _tasks(folder)))
+    return "\n".join(lines) + (
+        "\n\nHours are of one core: all trainings of the task, those that choose rates too. "
+        f"With the tables after the next it was {everything:.1f} hours."
+    )
+
+
+def scores() -> str:
+    found = read("compare")
+    tasks = [task["name"] for task in found["tasks"]]
+    at = {(_label(r), r["task"]): r for r in found["results"]}
+    labels = list(dict.fromkeys(label for label, _ in at))
+    rows = [label.split(":")[0] for label in labels]
+    lines = [f"| method | {' | '.join(tasks)} |", "| --- |" + " --- |" * len(tasks)]
+    for label in sorted(labels, key=lambda x: (x == "full", x.startswith(GRID), rows.index(x.split(":")[0]))):
+        cells = (_mean(at.get((label, task))) for task in tasks)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdicts() -> str:
+    found = read("compare")
+    return _differences(
+        found, {f"{row} - {other}": (row, row, other) for row in ("budget", "published") for other in AGAINST}
+    )
+
+
+def smallest() -> str:
+    contrasts = [c for c in read("compare")["contrasts"] if c["ours"] == "budget" and c["theirs"] == "permuted"]
+    said = ", ".join(f"{c['task']} {c['difference']['smallest']:.2g}" for c in contrasts)
+    return f"The smallest differences from the permuted control that this many seeds could have shown: {said}."
+
+
+def confirmation() -> str:
+    found = read("compare-confirm")
+    at = {(r["task"], r["method"]): r["scores"] for r in found["results"]}
+    controls = ("permuted", "reversed", "uniform")
+    lines = [f"| | {' | '.join(f'budget - {other}' for other in controls)} |", "| --- |" + " --- |" * len(controls)]
+    for task, first in NEW_SEEDS.items():
+        ours = at[task, "budget"][first:]
+        cells = []
+        for other in controls:
+            difference = paired_difference(ours, at[task, other][first:])
+            assert difference.interval is not None
+            low, high = difference.interval
+            cells.append(f"{difference.mean:+.2f} ({low:+.2f} to {high:+.2f}), p {difference.p:.2g}")
+        lines.append(f"| {task}, {len(ours)} new seeds | {' | '.join(cells)} |")
+    ranks = {r["task"]: r["ranks"][0] for r in found["results"] if r["method"] == "budget"}
+    said = " and ".join(f"({', '.join(f'{rank:g}' for rank in ranks[task])})" for task in NEW_SEEDS)
+    return "\n".join(lines) + f"\n\nThe ranks of the two, each measured on its own 600 training rows: {said}."
+
+
+def readings() -> str:
+    found = read("compare-readings")
+    names = dict.fromkeys(result["row"] for result in found["results"])
+    chosen_by = sorted(((_worth(name), name) for name in ("growth", *names) if name != "ramp"), reverse=True)
+    said = ", ".join(f"{name} {worth:+.2f}" for worth, name in chosen_by)
+    return _differences(found, {name: (name, name, "permuted") for name in names}, "reading - permuted") + (
+        f"\n\nThe mean over {' and '.join(CHOOSING)} of the difference over the standard deviation of uniform, which "
+        f"chose: {said}."
+    )
+
+
+def _worth(reading: str) -> float:
+    """PREREGISTRATION.md, "Choice". Growth is the row "budget" of the main comparison."""
+    folder, row = ("compare", "budget") if reading == "growth" else ("compare-readings", reading)
+    at = {(r["task"], r["row"], r["method"]): r["scores"] for r in read(folder)["results"]}
+    worths = []
+    for task in CHOOSING:
+        ours = at[task, row, row]
+        theirs = at.get((task, row, "permuted"), ours)  # the same rank everywhere has no other order
+        worths.append((statistics.fmean(ours) - statistics.fmean(theirs)) / statistics.stdev(at[task, row, "uniform"]))
+    return statistics.fmean(worths)
+
+
+def choices() -> str:
+    found = read("compare-sensitivity")
+    (task,) = (task["name"] for task in found["tasks"])
+    against = {c["row"]: c for c in found["contrasts"] if c["ours"] == c["row"] and c["theirs"] == "uniform"}
+    lines = [f"| way, on {task} | parameters | score | way - uniform |", "| --- |" + " --- |" * 3]
+    lines += [
+        f"| {r['row']} | {r['parameters']:,.0f} | {_mean(r)} | {_difference(against[r['row']])} |"
+        for r in found["results"]
+        if r["method"] == r["row"]
+    ]
+    return "\n".join(lines)
+
+
+def _differences(found: Mapping[str, Any], rows: Mapping[str, tuple[str, str, str]], title: str = "difference") -> str:
+    tasks = [task["name"] for task in found["tasks"]]
+    at = {(c["task"], c["row"], c["ours"], c["theirs"]): c for c in found["contrasts"]}
+    lines = [f"| {title} | {' | '.join(tasks)} |", "| --- |" + " --- |" * len(tasks)]
+    for label, names in rows.items():
+        cells = [_difference(at.get((task, *names))) for task in tasks]
+        if any(cells):
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _difference(contrast: Mapping[str, Any] | None) -> str:
+    if contrast is None:
+        return ""
+    difference = contrast["difference"]
+    if difference["interval"] == [0.0, 0.0]:
+        return "the same"
+    low, high = difference["interval"]
+    word = contrast["verdict"].split()[0]
+    shown = f"{difference['mean']:+.2g} ({low:+.2g} to {high:+.2g})"
+    return shown if word == "equal" else f"**{word}** {shown}"
+
+
+def _mean(result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    return f"{result['mean']:.4g} ± {result['half_width']:.2g}" + (" (edge)" if result["rate_at_edge"] else "")
+
+
+def _label(result: Mapping[str, Any]) -> str:
+    if result["row"] == "full" or result["row"].startswith(GRID):
+        return str(result["row"])
+    return str(result["row"]) if result["method"] == result["row"] else f"{result['row']}: {result['method']}"
+
+
+def _score(task: Mapping[str, Any]) -> str:
+    return "loss, lower is better" if task["metric"] == "loss" else f"{task['metric']}, in hundredths"
+
+
+def _model(task: Mapping[str, Any]) -> str:
+    return "SmolLM2-135M" if task["kind"] == "causal-lm" else "MiniLM-L6"
+
+
+def _tasks(folder: str) -> list[str]:
+    return [task["name"] for task in read(folder)["tasks"]]
+
+
+def _hours(*parts: tuple[str, str]) -> float:
+    """Of all runs of these (folder, task), each counted once."""
+    seconds = {}
+    for folder, task in parts:
+        for line in (RESULTS / folder / task / "runs.jsonl").read_text(encoding="utf-8").splitlines():
+            run = json.loads(line)
+            seconds[run["key"]] = run["seconds"]
+    return sum(seconds.values()) / 3600
+
+
+def read(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / folder / "comparison.json").read_text(encoding="utf-8"))
+    return found
