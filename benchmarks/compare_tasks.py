@@ -117,6 +117,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("tasks", nargs="+", choices=["docstrings", "sst2_fresh", *SIZES])
     parser.add_argument("--data", type=Path, help="folder of the tasks that are read from files")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rates", help="learning rates, with commas; one is not chosen but taken")
     parser.add_argument("--rate-seeds", type=int, default=1, help="runs for each rate")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--plans", default="published,budget", help="which of GeLoRA's plans, with commas")
@@ -131,6 +132,8 @@ def chosen(options: argparse.Namespace, settings: Settings) -> Settings:
     settings = replace(settings, seeds=options.seeds, rate_seeds=options.rate_seeds)
     if options.methods:
         settings = replace(settings, methods=tuple(options.methods.split(",")))
+    if options.rates:
+        settings = replace(settings, rates=tuple(map(float, options.rates.split(","))))
     if options.grid:
         settings = replace(settings, grid=tuple(map(int, options.grid.split(","))))
     return settings

@@ -23,6 +23,10 @@ from gelora_plugins.errors import PlanError
 
 GRID = "uniform r = "
 WORDS = ("better", "equal", "worse")  # what a verdict begins with, when there is one
+CAVEAT = (
+    "Seeds vary the head, the adapter and the order of the rows, not the rows themselves: a difference may hold for "
+    "these rows alone. Before you believe one, try it on others."
+)
 CONTROLS = ("uniform", "permuted", "reversed", "eva", "adalora")
 _COLUMNS = (
     "method",
@@ -152,7 +156,7 @@ class Comparison:
         edge = [f"{r.task}, {r.row}, {r.method} ({r.rate:g})" for r in self.results if r.rate_at_edge]
         if edge:
             lines.append(f"The best learning rate was the lowest or highest of the grid for: {'; '.join(edge)}.")
-        return lines
+        return [*lines, CAVEAT] if self.contrasts else lines
 
     def _counts(self) -> Iterator[str]:
         groups: dict[tuple[str, str, str], list[str]] = {}

@@ -10,7 +10,7 @@ from gelora_plugins.compare_stats import paired_difference
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 GRID = "uniform r = "
-FOLDERS = ("compare", "compare-confirm", "compare-readings", "compare-sensitivity")
+FOLDERS = ("compare", "compare-confirm", "compare-readings", "compare-one-rate", "compare-sensitivity")
 NEW_SEEDS = {"sst2": 5, "sst2_fresh": 0}  # PREREGISTRATION.md: from which seed on the confirmation is judged
 CHOOSING = ("docstrings", "sst2")
 AGAINST = ("uniform", "permuted", "reversed", "eva", "adalora")
@@ -97,6 +97,17 @@ def _worth(reading: str) -> float:
         theirs = at.get((task, row, "permuted"), ours)  # the same rank everywhere has no other order
         worths.append((statistics.fmean(ours) - statistics.fmean(theirs)) / statistics.stdev(at[task, row, "uniform"]))
     return statistics.fmean(worths)
+
+
+def one_rate() -> str:
+    (task,) = (task["name"] for task in read("compare-one-rate")["tasks"])
+    at = {c["theirs"]: c["difference"] for c in read("compare-one-rate")["contrasts"] if c["ours"] == "middle token"}
+    intervals = {name: [difference["mean"], *difference["interval"]] for name, difference in at.items()}
+    said = " and ".join(
+        f"{mean:+.2f} ({low:+.2f} to {high:+.2f}) against {name}" for name, (mean, low, high) in intervals.items()
+    )
+    (rate,) = {result["rate"] for result in read("compare-one-rate")["results"]}
+    return f"Middle token on {task}, all at the rate {rate:g}: {said}, {next(iter(at.values()))['seeds']} seeds."
 
 
 def choices() -> str:

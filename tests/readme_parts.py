@@ -8,7 +8,7 @@ from typing import Any
 
 from gelora_plugins import GeLoRAConfig
 from tests.kinds import matrix
-from tests.readme_comparison import choices, compared, confirmation, readings, scores, smallest, verdicts
+from tests.readme_comparison import choices, compared, confirmation, one_rate, readings, scores, smallest, verdicts
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
@@ -193,6 +193,7 @@ PARTS = (
     smallest,
     confirmation,
     readings,
+    one_rate,
     choices,
 )
 

@@ -260,6 +260,7 @@ def test_the_report_is_written_and_read_again(found: tuple[Comparison, Path], tm
     text = paths[1].read_text()
     assert "| mine: permuted | 1,536 |" in text
     assert "tiny, mine: mine is " in text
+    assert text.endswith("Before you believe one, try it on others.\n")
 
 
 def test_several_tasks_are_counted_in_one_line(found: tuple[Comparison, Path], tmp_path: Path) -> None:
