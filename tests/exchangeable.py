@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
-class ExchangeableConfig(PreTrainedConfig):  # type: ignore[misc]
+class ExchangeableConfig(PreTrainedConfig):
     model_type = "exchangeable"
     vocab_size: int = 97
     hidden_size: int = 32
     num_hidden_layers: int = 3
 
 
-class ExchangeableModel(PreTrainedModel):  # type: ignore[misc]
+class ExchangeableModel(PreTrainedModel):
     config_class = ExchangeableConfig
 
     def __init__(self, config: Any) -> None:

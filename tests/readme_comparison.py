@@ -120,7 +120,8 @@ def choices() -> str:
         for r in found["results"]
         if r["method"] == r["row"]
     ]
-    return "\n".join(lines)
+    means = [r["mean"] for r in found["results"] if r["method"] == r["row"]]
+    return "\n".join(lines) + f"\n\nThe means of all ways lie between {min(means):.1f} and {max(means):.1f}."
 
 
 def _differences(found: Mapping[str, Any], rows: Mapping[str, tuple[str, str, str]], title: str = "difference") -> str:
