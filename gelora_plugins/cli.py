@@ -232,11 +232,15 @@ def compare(
     grid: Annotated[str, typer.Option(help="Uniform ranks to compare with, with commas.")] = "1,2,4,8,16,32",
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 5,
     rates: Annotated[str, typer.Option(help="Learning rates to choose from, with commas.")] = "3e-4,1e-3,3e-3,1e-2",
+    rate_seeds: Annotated[int, typer.Option(help="Runs for each rate.")] = 3,
     bf16: Annotated[bool, typer.Option(help="Train and score in bfloat16 mixed precision.")] = False,
     epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens of a row; what is longer is cut there.")] = 128,
     train_rows: Annotated[int | None, typer.Option(help="How many training rows to draw; all if not given.")] = None,
+    rows_per_seed: Annotated[
+        int | None, typer.Option(help="How many of the training rows each seed draws for itself; all if not given.")
+    ] = None,
     test_rows: Annotated[int | None, typer.Option(help="How many test rows to draw; all if not given.")] = None,
     margin: Annotated[float, typer.Option(help="Differences up to this are called equal; in hundredths.")] = 0.0,
     jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
@@ -253,7 +257,8 @@ def compare(
     settings = Settings(
         rank, alpha, target_modules, _list(methods, str) or METHODS, _list(grid, int), seeds, _list(rates, float)
     )
-    settings = replace(settings, epochs=epochs, batch_size=batch_size, margin=margin, bf16=bf16)
+    settings = replace(settings, rate_seeds=rate_seeds, rows_per_seed=rows_per_seed, epochs=epochs)
+    settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16)
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
     loaded = load_task(name or Path(data).name.split(".")[0], task, data, test, metric=metric, **sizes)
     plans = {path.stem: RankPlan.load(path) for path in plan} if plan else None

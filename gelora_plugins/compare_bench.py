@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from gelora_plugins.pipeline import find_layout
 from gelora_plugins.ranks import Site, layout_sites
 from gelora_plugins.report import versions
 
-_TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16")
+_TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16", "rows_per_seed")
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,13 @@ class Settings:
         target_modules: "all-linear" (of the blocks), or endings of module names with commas.
         methods: which of METHODS take part.
         grid: the uniform ranks that a user would otherwise search.
-        seeds: runs of each method; seed s fixes its head, its adapter and its data order.
+        seeds: runs of each method; seed s fixes its head, its adapter, its data order and its rows.
+        rows_per_seed: how many of the training rows each seed draws for itself, the same for every method; None: all,
+            so that seeds do not vary the rows. What is measured once (GeLoRA's profile, EVA's components) is measured
+            on all training rows.
         rates: learning rates to choose from, for each method.
-        rate_seeds: runs for each rate, on four fifths of the training rows, scored on the fifth.
+        rate_seeds: runs for each rate, on four fifths of the training rows, scored on the fifth. With one, the luck of
+            a rate passes for a difference between methods.
         epochs, batch_size, warmup: of every run; the rate rises over the share `warmup` of the steps, then falls
             linearly to 0.
         bf16: train and score in bfloat16 mixed precision. The weights, the probe and EVA stay in float32.
@@ -50,12 +55,13 @@ class Settings:
     grid: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     seeds: int = 5
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    rate_seeds: int = 1
+    rate_seeds: int = 3
     epochs: int = 3
     batch_size: int = 16
     warmup: float = 0.06
     bf16: bool = False
     margin: float = 0.0
+    rows_per_seed: int | None = None
 
     def __post_init__(self) -> None:
         check_methods(self.methods)
@@ -66,6 +72,8 @@ class Settings:
             raise ConfigError(f"rates are {self.rates!r}; expected at least one, all above 0.")
         if self.grid and min(self.grid) < 1:
             raise ConfigError(f"grid is {self.grid!r}; expected ranks of at least 1.")
+        if self.rows_per_seed is not None and self.rows_per_seed < 10:
+            raise ConfigError(f"rows_per_seed is {self.rows_per_seed!r}; expected at least 10, or None.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is {self.warmup!r}; expected a share of the steps, from 0 to below 1.")
 
@@ -86,6 +94,11 @@ class Bench:
     task: Task
     settings: Settings
     folder: Path
+
+    def __post_init__(self) -> None:
+        count, rows = self.settings.rows_per_seed, len(self.task.train)
+        if count is not None and count > rows:
+            raise ProbeError(f"rows_per_seed is {count:,}; expected at most the {rows:,} training rows of the task.")
 
     def load(self, seed: int) -> Any:
         """The pretrained model with the task's head, in float32; a head that is not in it is drawn with `seed`."""
@@ -128,6 +141,11 @@ class Bench:
         """The encoded training rows."""
         return encode(self.task, self.task.train, self.tokenizer)
 
+    def drawn(self, seed: int) -> list[dict[str, Any]]:
+        """The encoded training rows of a seed."""
+        count = self.settings.rows_per_seed
+        return self.train if count is None else random.Random(seed).sample(self.train, count)
+
     @cached_property
     def test(self) -> list[dict[str, Any]]:
         """The encoded test rows."""
@@ -164,7 +182,7 @@ class Bench:
         return {
             "model": self.model_fingerprint,
             "task": self.task.fingerprint,
-            "training": {name: settings[name] for name in _TRAINING},
+            "training": {name: settings[name] for name in _TRAINING if settings[name] is not None},
             "versions": {name: v for name, v in versions().items() if name in ("torch", "transformers", "peft")},
         }
 

@@ -25,7 +25,11 @@ GRID = "uniform r = "
 WORDS = ("better", "equal", "worse")  # what a verdict begins with, when there is one
 CAVEAT = (
     "Seeds vary the head, the adapter and the order of the rows, not the rows themselves: a difference may hold for "
-    "these rows alone. Before you believe one, try it on others."
+    "these rows alone. Before you believe one, let each seed draw its own rows, or try it on others."
+)
+CAVEAT_DRAWN = (
+    "Seeds vary the head, the adapter, the training rows and their order, not the test rows, nor the rows on which "
+    "ranks were measured."
 )
 CONTROLS = ("uniform", "permuted", "reversed", "eva", "adalora")
 _COLUMNS = (
@@ -156,7 +160,8 @@ class Comparison:
         edge = [f"{r.task}, {r.row}, {r.method} ({r.rate:g})" for r in self.results if r.rate_at_edge]
         if edge:
             lines.append(f"The best learning rate was the lowest or highest of the grid for: {'; '.join(edge)}.")
-        return [*lines, CAVEAT] if self.contrasts else lines
+        drawn = all(experiment["settings"].get("rows_per_seed") for experiment in self.experiments)
+        return [*lines, CAVEAT_DRAWN if drawn else CAVEAT] if self.contrasts else lines
 
     def _counts(self) -> Iterator[str]:
         groups: dict[tuple[str, str, str], list[str]] = {}
@@ -185,9 +190,9 @@ class Comparison:
         """One table per task, and the lines."""
         parts = ["# Comparison at equal LoRA parameters\n"]
         for experiment in self.experiments:
-            task, settings = experiment["task"], experiment["settings"]
+            task, settings, rows = experiment["task"], experiment["settings"], _train_rows(experiment)
             parts.append(
-                f"## {task['name']}: {task['metric']}\n\n{experiment['model']}, {task['train_rows']:,} training rows, "
+                f"## {task['name']}: {task['metric']}\n\n{experiment['model']}, {rows} training rows, "
                 f"{task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, rates "
                 f"{', '.join(f'{rate:g}' for rate in settings['rates'])}.\n"
             )
@@ -229,6 +234,11 @@ class Comparison:
             draw_pareto(self, paths[2])
             draw_patterns(self, paths[3])
         return paths
+
+
+def _train_rows(experiment: Mapping[str, Any]) -> str:
+    drawn, rows = experiment["settings"].get("rows_per_seed"), experiment["task"]["train_rows"]
+    return f"{rows:,}" if drawn is None else f"for each seed {drawn:,} of {rows:,}"
 
 
 def _results(experiment: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> Iterator[Result]:

@@ -30,7 +30,7 @@ def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool)
     """Train `recipe` once and score it.
 
     Args:
-        seed: of the head, the adapter, the data order and dropout.
+        seed: of the head, the adapter, the rows drawn, their order and dropout.
         rate: the learning rate at its highest.
         choosing: train on four fifths of the training rows and score on the fifth; else train on all of them and
             score on the test rows.
@@ -43,7 +43,8 @@ def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool)
     Raises:
         PlanError: the trained model has not the LoRA parameters that were planned.
     """
-    rows, scored = split_fifth(bench.train) if choosing else (bench.train, bench.test)
+    drawn = bench.drawn(seed)
+    rows, scored = split_fifth(drawn) if choosing else (drawn, bench.test)
     _reset_peak_memory()
     model = adapted(bench, recipe, seed, total_steps(bench, len(rows)))
     head = sum(p.numel() for name, p in model.named_parameters() if ".modules_to_save." in name)

@@ -18,16 +18,24 @@ from gelora_plugins import GeLoRAConfig, cli
 from gelora_plugins.compare import Record, Run, compare, measured, planned, read_lines
 from gelora_plugins.compare_bench import Bench, Settings
 from gelora_plugins.compare_methods import lora
-from gelora_plugins.compare_report import Comparison
+from gelora_plugins.compare_report import CAVEAT, CAVEAT_DRAWN, Comparison
 from gelora_plugins.compare_tasks import Task
 from gelora_plugins.compare_training import adapted, measure_eva, run
-from gelora_plugins.errors import PlanError
+from gelora_plugins.errors import ConfigError, PlanError, ProbeError
 from gelora_plugins.ranks import RankPlan
 from tests.tiny import build
 
 ATTENTION = "query,key,value,attention.output.dense"  # all 16 by 16 in the tiny model
 SETTINGS = Settings(
-    rank=4, lora_alpha=8, target_modules=ATTENTION, seeds=3, epochs=1, batch_size=8, rates=(1e-3, 1e-2), grid=(4,)
+    rank=4,
+    lora_alpha=8,
+    target_modules=ATTENTION,
+    seeds=3,
+    rate_seeds=1,
+    epochs=1,
+    batch_size=8,
+    rates=(1e-3, 1e-2),
+    grid=(4,),
 )
 UNEVEN = (7, 3, 2)
 
@@ -108,6 +116,34 @@ def test_the_head_and_the_order_of_the_rows_are_the_seeds_and_not_the_methods(
     assert orders[0] == orders[1] == orders[2]
     assert not torch.equal(head_of(adapted(bench, lora((4, 4, 4), bench.sites), 2, 10)), heads[0])
     assert batches_of(bench, lora((4, 4, 4), bench.sites), 2, monkeypatch) != orders[0]
+
+
+def test_seeds_draw_rows_of_their_own_and_methods_share_them(
+    model: str, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(model, task, replace(SETTINGS, rows_per_seed=40), tmp_path)
+    recipes = [lora(ranks, bench.sites) for ranks in ((4, 4, 4), UNEVEN)]
+    for seed in (0, 1):
+        drawn = sorted(row["input_ids"] for row in bench.drawn(seed))
+        for recipe in recipes:
+            batches = batches_of(bench, recipe, seed, monkeypatch)[:5]
+            assert sorted(row for batch in batches for row in batch) == drawn
+    assert bench.drawn(0) != bench.drawn(1)
+    assert len(bench.drawn(0)) == 40
+    assert all(row in bench.train for row in bench.drawn(1))
+
+
+def test_a_rate_is_chosen_by_the_mean_of_its_seeds(model: str, task: Task, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, rate_seeds=3, rows_per_seed=50, methods=("plan",), seeds=1)
+    plans = {"mine": uneven(Bench(model, task, settings, tmp_path / "tiny"))}
+    found = compare(model, task, tmp_path, settings, plans=plans, progress=False)
+    scores: dict[float, list[float]] = {rate: [] for rate in settings.rates}
+    for line in read_lines(tmp_path / "tiny" / "runs.jsonl"):
+        if line["choosing"]:
+            scores[line["rate"]].append(line["score"])
+    assert {len(of_rate) for of_rate in scores.values()} == {3}
+    assert {round(10 * score, 6) % 1 for of_rate in scores.values() for score in of_rate} == {0}, "a fifth of 50"
+    assert found.results[0].rate == max(settings.rates, key=lambda rate: (sum(scores[rate]), -rate))
 
 
 def head_of(model: nn.Module) -> torch.Tensor:
@@ -193,14 +229,23 @@ def test_other_settings_other_data_or_another_seed_are_another_run(model: str, t
     same = Bench(model, Task("tiny", "classification", rows(80, 0), rows(40, 1)), SETTINGS, tmp_path)
     others = [
         Bench(model, task, replace(SETTINGS, epochs=2), tmp_path),
+        Bench(model, task, replace(SETTINGS, rows_per_seed=80), tmp_path),
         Bench(model, Task("tiny", "classification", rows(80, 2), rows(40, 1)), SETTINGS, tmp_path),
     ]
     key = made.key(same.identity)
     assert key == made.key(Bench(model, task, replace(SETTINGS, seeds=9), tmp_path).identity)
+    assert "rows_per_seed" not in same.identity["training"], "runs that were recorded before it was an option"
     assert replace(made, row="another", method="name").key(same.identity) == key
     assert key not in {made.key(other.identity) for other in others}
     assert key not in {replace(made, seed=1).key(same.identity), replace(made, choosing=True).key(same.identity)}
     assert Record(tmp_path / "none.jsonl", same.identity).lines == {}
+
+
+def test_more_rows_than_there_are_are_refused(model: str, task: Task, tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match=r"rows_per_seed is 81; expected at most the 80 training rows"):
+        Bench(model, task, replace(SETTINGS, rows_per_seed=81), tmp_path)
+    with pytest.raises(ConfigError, match=r"rows_per_seed is 9; expected at least 10"):
+        replace(SETTINGS, rows_per_seed=9)
 
 
 def test_an_unfinished_comparison_says_so(found: tuple[Comparison, Path], tmp_path: Path) -> None:
@@ -260,7 +305,19 @@ def test_the_report_is_written_and_read_again(found: tuple[Comparison, Path], tm
     text = paths[1].read_text()
     assert "| mine: permuted | 1,536 |" in text
     assert "tiny, mine: mine is " in text
-    assert text.endswith("Before you believe one, try it on others.\n")
+    assert "80 training rows, 40 test rows, 3 seeds" in text
+    assert text.endswith(f"- {CAVEAT}\n")
+
+
+def test_the_report_says_whose_rows_they_are(found: tuple[Comparison, Path], tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    experiment = json.loads((found[1] / "tiny" / "experiment.json").read_text())
+    experiment["settings"]["rows_per_seed"] = 40
+    (tmp_path / "tiny" / "experiment.json").write_text(json.dumps(experiment))
+    (tmp_path / "tiny" / "runs.jsonl").write_text((found[1] / "tiny" / "runs.jsonl").read_text())
+    text = Comparison.read(tmp_path).to_markdown()
+    assert "for each seed 40 of 80 training rows, 40 test rows" in text
+    assert text.endswith(f"- {CAVEAT_DRAWN}\n")
 
 
 def test_several_tasks_are_counted_in_one_line(found: tuple[Comparison, Path], tmp_path: Path) -> None:
@@ -284,6 +341,7 @@ def test_the_command_line_compares_causal_language_models(
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"input_ids": row["input_ids"]}) + "\n" for row in rows(90, 0)))
     arguments = "--task causal-lm --name text --methods plan,uniform,eva --seeds 3 --rates 1e-2 --epochs 1 --rank 4"
+    arguments += " --rows-per-seed 40 --rate-seeds 2"
     command = ["gelora", "compare", str(tmp_path / "model"), str(data), *arguments.split(), "-o", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as caught:
@@ -293,4 +351,5 @@ def test_the_command_line_compares_causal_language_models(
     assert "| budget: uniform |" in shown
     assert "text, budget: budget is " in shown
     assert "EVA is left out. EVA comes to" in shown, "at rank 1, and with modules of several sizes, it cannot be equal"
-    assert (tmp_path / "out" / "comparison.md").is_file()
+    assert "for each seed 40 of 72 training rows" in (tmp_path / "out" / "comparison.md").read_text()
+    assert json.loads((tmp_path / "out" / "text" / "experiment.json").read_text())["settings"]["rate_seeds"] == 2
