@@ -106,10 +106,15 @@ def task_and_settings(name: str, data: Path | None) -> tuple[str, Task, Settings
     task = fresh_sst2(data) if name == "sst2_fresh" else from_files(name, data)
     if task.kind != "causal-lm":
         return minilm(), task, replace(MINILM, epochs=EPOCHS.get(name, MINILM.epochs))
+    return smollm2(), with_line_ends(task), SMOLLM2
+
+
+def with_line_ends(task: Task) -> Task:
+    """The task with a line end between prompt and completion."""
     rows = {
         part: [{**row, "prompt": row["prompt"] + "\n"} for row in getattr(task, part)] for part in ("train", "test")
     }
-    return smollm2(), replace(task, **rows), SMOLLM2
+    return replace(task, **rows)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

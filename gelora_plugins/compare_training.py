@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,8 @@ def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool)
     drawn = bench.drawn(seed)
     rows, scored = split_fifth(drawn) if choosing else (drawn, bench.test)
     _reset_peak_memory()
-    model = adapted(bench, recipe, seed, total_steps(bench, len(rows)))
+    model, seconds = trained(bench, recipe, seed, rate, rows)
     head = sum(p.numel() for name, p in model.named_parameters() if ".modules_to_save." in name)
-    with quiet(), tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=_arguments(bench, scratch, seed, rate),
-            train_dataset=rows,
-            data_collator=bench.collator,
-            callbacks=[_Allocate()] if recipe.kind == "adalora" else [],
-        )
-        trainer.remove_callback(PrinterCallback)  # the bar of the comparison says enough
-        started = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - started
     lora = _count(model, bench, recipe)
     if abs(lora - recipe.parameters) >= TOLERANCE * recipe.parameters:
         raise PlanError(f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned.")
@@ -74,6 +62,25 @@ def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool)
         "lora_parameters": lora,
         "head_parameters": head,
     }
+
+
+def trained(
+    bench: Bench, recipe: Recipe, seed: int, rate: float, rows: Sequence[Mapping[str, Any]]
+) -> tuple[Any, float]:
+    """(the model, seconds of its training) after training `recipe` on encoded rows."""
+    model = adapted(bench, recipe, seed, total_steps(bench, len(rows)))
+    with quiet(), tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(bench, scratch, seed, rate),
+            train_dataset=rows,
+            data_collator=bench.collator,
+            callbacks=[_Allocate()] if recipe.kind == "adalora" else [],
+        )
+        trainer.remove_callback(PrinterCallback)  # the bar of the comparison says enough
+        started = time.perf_counter()
+        trainer.train()
+        return model, time.perf_counter() - started
 
 
 def total_steps(bench: Bench, num_rows: int) -> int:
