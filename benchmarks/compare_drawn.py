@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from compare_tasks import MINILM, SMOLLM2, from_files, minilm, with_line_ends
+from completion_tokens import measure_completions
 from machine import RESULTS, machine
 
 from gelora_plugins import GeLoRAConfig, records
-from gelora_plugins.compare import compare, default_plans
+from gelora_plugins.compare import compare, default_plans, planned
 from gelora_plugins.compare_bench import Bench, Settings
 from gelora_plugins.compare_tasks import Task
 from gelora_plugins.demo import smollm2
@@ -34,7 +35,7 @@ TASKS: dict[str, tuple[Settings, dict[str, Any]]] = {
     "gsm8k": (replace(LARGE, rows_per_seed=64), {"test_rows": 30}),
     "dolly_open_qa": (replace(LARGE, rows_per_seed=96), {"test_rows": 40}),
 }
-PLANS = {"dolly_open_qa": ("published",)}  # its budget is recorded beside this
+PLANS = {"gsm8k": ("published", "budget", "completion"), "dolly_open_qa": ("published",)}  # Dolly's budget: compare/
 
 
 def task_and_settings(name: str, data: Path) -> tuple[str, Task, Settings]:
@@ -56,8 +57,11 @@ def main() -> None:
         model, task, settings = task_and_settings(name, options.data)
         if options.rates:
             settings = replace(settings, rates=tuple(map(float, options.rates.split(","))))
-        plans = default_plans(Bench(model, task, settings, options.output / name), GeLoRAConfig())
-        plans = {plan: plans[plan] for plan in PLANS.get(name, ("published", "budget"))}
+        wanted, bench = PLANS.get(name, ("published", "budget")), Bench(model, task, settings, options.output / name)
+        plans = default_plans(bench, GeLoRAConfig())
+        if "completion" in wanted:
+            plans["completion"] = planned(bench, measure_completions(bench), GeLoRAConfig(), "budget")
+        plans = {plan: plans[plan] for plan in wanted}
         print(name, {plan: found.ranks for plan, found in plans.items()}, flush=True)
         found = compare(model, task, options.output, settings, plans=plans, jobs=options.jobs)
         found.write(options.output)

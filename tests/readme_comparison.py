@@ -10,7 +10,8 @@ from gelora_plugins.compare_stats import paired_difference
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 GRID = "uniform r = "
-FOLDERS = ("compare", "compare-confirm", "compare-readings", "compare-one-rate", "compare-sensitivity")
+DRAWN = "compare-drawn"
+FOLDERS = ("compare", DRAWN, "compare-confirm", "compare-readings", "compare-one-rate", "compare-sensitivity")
 NEW_SEEDS = {"sst2": 5, "sst2_fresh": 0}  # PREREGISTRATION.md: from which seed on the confirmation is judged
 CHOOSING = ("docstrings", "sst2")
 AGAINST = ("uniform", "permuted", "reversed", "eva", "adalora")
@@ -31,8 +32,42 @@ def compared() -> str:
     )
 
 
+def drawn() -> str:
+    """The comparison in which each seed draws its own rows."""
+    hours = {task: _hours((DRAWN, task)) for task in _tasks(DRAWN)}
+    lines = ["| task | model | score | each seed draws | to test | epochs | seeds | hours |", "| --- |" + " --- |" * 7]
+    lines += [
+        f"| {task['name']} | {_model(task)} | {_score(task)} | {task['settings']['rows_per_seed']:,} of "
+        f"{task['train_rows']:,} rows | {task['test_rows']:,} | {task['settings']['epochs']} | "
+        f"{task['settings']['seeds']} | {hours[task['name']]:.1f} |"
+        for task in read(DRAWN)["tasks"]
+    ]
+    return "\n".join(lines)
+
+
+def drawn_verdicts() -> str:
+    others = ("permuted", "uniform")
+    return _differences(
+        read(DRAWN), {f"{row} - {other}": (row, row, other) for row in ("budget", "published") for other in others}
+    ) + ("\n\n" + _smallest(DRAWN))
+
+
+def drawn_scores() -> str:
+    return _scores(DRAWN)
+
+
+def exact_match() -> str:
+    found = json.loads((RESULTS / "gsm8k_exact_match.json").read_text(encoding="utf-8"))
+    said = ", ".join(f"{name}: {right}" for name, right in found["right"].items())
+    return f"Right answers of SmolLM2-135M to {found['rows']} questions of GSM8K: {said}."
+
+
 def scores() -> str:
-    found = read("compare")
+    return _scores("compare")
+
+
+def _scores(folder: str) -> str:
+    found = read(folder)
     tasks = [task["name"] for task in found["tasks"]]
     at = {(_label(r), r["task"]): r for r in found["results"]}
     labels = list(dict.fromkeys(label for label, _ in at))
@@ -52,7 +87,11 @@ def verdicts() -> str:
 
 
 def smallest() -> str:
-    contrasts = [c for c in read("compare")["contrasts"] if c["ours"] == "budget" and c["theirs"] == "permuted"]
+    return _smallest("compare")
+
+
+def _smallest(folder: str) -> str:
+    contrasts = [c for c in read(folder)["contrasts"] if c["ours"] == "budget" and c["theirs"] == "permuted"]
     said = ", ".join(f"{c['task']} {c['difference']['smallest']:.2g}" for c in contrasts)
     return f"The smallest differences from the permuted control that this many seeds could have shown: {said}."
 
