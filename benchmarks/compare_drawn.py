@@ -23,14 +23,15 @@ from gelora_plugins.demo import smollm2
 
 METHODS = ("plan", "uniform", "permuted")
 # Rates, epochs and batches with which uniform rank 8 learned in trials that were scored on training rows. What learned
-# little in a minute (CoLA, RTE) is kept small, and so is what takes a minute for few rows (SmolLM2).
-SMALL = replace(MINILM, methods=METHODS, rates=(3e-4, 1e-3), rate_seeds=2, batch_size=8)
-LARGE = replace(SMOLLM2, methods=METHODS, rates=(3e-3, 1e-2), rate_seeds=1)
+# little in a minute (CoLA, RTE) is kept small, and so is what takes a minute for few rows (SmolLM2). But for SST-2 one
+# rate is given to all methods: a rate that is chosen with few seeds can pass for a difference between them.
+SMALL = replace(MINILM, methods=METHODS, rates=(1e-3,), batch_size=8)
+LARGE = replace(SMOLLM2, methods=METHODS, rates=(3e-3,))
 TASKS: dict[str, tuple[Settings, dict[str, Any]]] = {
     "cola": (replace(SMALL, rows_per_seed=2000, epochs=4), {}),
     "mrpc": (replace(SMALL, rows_per_seed=600, epochs=4), {}),
     "rte": (replace(SMALL, rows_per_seed=400), {}),
-    "stsb": (replace(SMALL, rows_per_seed=1500, epochs=5, rates=(5e-4, 1e-3)), {}),
+    "stsb": (replace(SMALL, rows_per_seed=1500, epochs=5), {}),
     "sst2": (replace(MINILM, methods=METHODS, rates=(1e-3, 3e-3), rate_seeds=3, rows_per_seed=600, seeds=10), {}),
     "gsm8k": (replace(LARGE, rows_per_seed=64), {"test_rows": 30}),
     "dolly_open_qa": (replace(LARGE, rows_per_seed=96), {"test_rows": 40}),
