@@ -21,7 +21,7 @@ from gelora_plugins.compare_bench import Bench
 from gelora_plugins.compare_methods import lora
 from gelora_plugins.compare_training import trained
 
-ROWS, EXAMPLES, NEW_TOKENS, BATCH, RATE = 100, 3, 160, 20, 3e-3
+ROWS, EXAMPLES, NEW_TOKENS, BATCH, RATE = 60, 3, 160, 20, 3e-3
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
