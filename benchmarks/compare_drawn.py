@@ -33,14 +33,19 @@ TASKS: dict[str, tuple[Settings, dict[str, Any]]] = {
     "mrpc": (replace(SMALL, rows_per_seed=600, epochs=4), {}),
     "rte": (replace(SMALL, rows_per_seed=400), {}),
     "stsb": (replace(SMALL, rows_per_seed=1500, epochs=5), {}),
+    "stsb_lower_rate": (replace(SMALL, rows_per_seed=1500, epochs=5, rates=(5e-4,)), {}),
     "sst2": (replace(MINILM, methods=METHODS, rates=(1e-3, 3e-3), rate_seeds=3, rows_per_seed=600, seeds=10), {}),
     "sst2_held_out": (replace(MINILM, methods=METHODS, rates=(1e-3,), rows_per_seed=600, seeds=10), {}),
     "gsm8k": (replace(LARGE, rows_per_seed=64), {"test_rows": 30}),
     "dolly_open_qa": (replace(LARGE, rows_per_seed=96), {"test_rows": 40}),
 }
 PLANS = {
+    "cola": ("budget",),
+    "mrpc": ("budget",),
+    "rte": ("budget",),
+    "stsb_lower_rate": ("budget",),
     "sst2_held_out": ("budget",),
-    "gsm8k": ("published", "budget", "completion"),
+    "gsm8k": ("budget", "completion"),
     "dolly_open_qa": ("published",),  # its budget is recorded without drawn rows
 }
 
@@ -48,7 +53,11 @@ PLANS = {
 def task_and_settings(name: str, data: Path) -> tuple[str, Task, Settings]:
     """(model, task, settings)."""
     settings, sizes = TASKS[name]
-    task = held_out_sst2(data) if name == "sst2_held_out" else from_files(name, data, train_rows=None, **sizes)
+    if name == "sst2_held_out":
+        task = held_out_sst2(data)
+    else:
+        task = from_files(name.removesuffix("_lower_rate"), data, train_rows=None, **sizes)
+    task = replace(task, name=name)
     return (smollm2(), with_line_ends(task), settings) if task.kind == "causal-lm" else (minilm(), task, settings)
 
 

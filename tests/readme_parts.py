@@ -8,7 +8,20 @@ from typing import Any
 
 from gelora_plugins import GeLoRAConfig
 from tests.kinds import matrix
-from tests.readme_comparison import choices, compared, confirmation, one_rate, readings, scores, smallest, verdicts
+from tests.readme_comparison import (
+    choices,
+    compared,
+    confirmation,
+    drawn,
+    drawn_scores,
+    drawn_verdicts,
+    exact_match,
+    one_rate,
+    readings,
+    scores,
+    smallest,
+    verdicts,
+)
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
@@ -187,6 +200,10 @@ PARTS = (
     against_eva,
     sensitivity,
     sample_size,
+    drawn,
+    drawn_scores,
+    drawn_verdicts,
+    exact_match,
     compared,
     scores,
     verdicts,
