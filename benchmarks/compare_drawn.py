@@ -44,7 +44,7 @@ PLANS = {
     "mrpc": ("budget",),
     "rte": ("budget",),
     "stsb_lower_rate": ("budget",),
-    "sst2_held_out": ("budget",),
+    "sst2_held_out": ("budget", "ranks of sst2"),
     "gsm8k": ("budget", "completion"),
     "dolly_open_qa": ("published",),  # its budget is recorded without drawn rows
 }
@@ -84,6 +84,10 @@ def main() -> None:
         plans = default_plans(bench, GeLoRAConfig())
         if "completion" in wanted:
             plans["completion"] = planned(bench, measure_completions(bench), GeLoRAConfig(), "budget")
+        if "ranks of sst2" in wanted:
+            model, other, others = task_and_settings("sst2", options.data)
+            there = default_plans(Bench(model, other, others, RESULTS / "compare-drawn" / "sst2"), GeLoRAConfig())
+            plans["ranks of sst2"] = replace(plans["budget"], ranks=there["budget"].ranks, rank_changes=())
         plans = {plan: plans[plan] for plan in wanted}
         print(name, {plan: found.ranks for plan, found in plans.items()}, flush=True)
         found = compare(model, task, options.output, settings, plans=plans, jobs=options.jobs)
