@@ -39,7 +39,7 @@ compare-small: $(MAIN)/.ready
 test: lint type
 	@: > $(RAN)
 	$(MAKE) unit integration faults e2e
-	@$(BIN)/python -c "$$SAY" "newest transformers, peft and trl" >> $(RAN)
+	@$(BIN)/python -c "$$SAY" "newest that work together" >> $(RAN)
 	$(if $(PYTHON_AXOLOTL_019),$(MAKE) axolotl-0.19,$(call missing,3.11,axolotl 0.19))
 	$(if $(PYTHON_AXOLOTL_021),$(MAKE) axolotl-0.21,$(call missing,3.12 or 3.13,axolotl 0.21))
 	@echo; echo "What ran where:"; cat $(RAN)
@@ -82,7 +82,7 @@ lint: $(MAIN)/.ready
 type: $(MAIN)/.ready
 	$(BIN)/mypy
 
-# The newest transformers, peft and trl.
+# The newest peft and trl, and the newest transformers that works with them: pyproject.toml says below which.
 $(MAIN)/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found; install one, or say where: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Python: $(PYTHON) ($$($(PYTHON) --version))"
