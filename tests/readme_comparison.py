@@ -53,7 +53,8 @@ def drawn() -> str:
 def drawn_verdicts() -> str:
     others = ("permuted", "uniform")
     return _differences(
-        read(DRAWN), {f"{row} - {other}": (row, row, other) for row in ("budget", "published") for other in others}
+        read(DRAWN),
+        {f"{row} - {other}": (row, row, other) for row in ("budget", "published", "completion") for other in others},
     ) + ("\n\n" + _smallest(DRAWN))
 
 
