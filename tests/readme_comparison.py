@@ -33,7 +33,7 @@ def compared() -> str:
     everything = _hours(*((folder, task) for folder in FOLDERS for task in _tasks(folder)))
     return "\n".join(lines) + (
         "\n\nHours are of one core: all trainings of the task, those that choose rates too. "
-        f"With the tables after the next it was {everything:.1f} hours."
+        f"With all tables of this section it was {everything:.1f} hours."
     )
 
 
