@@ -29,7 +29,7 @@ CAVEAT = (
 )
 CAVEAT_DRAWN = (
     "Seeds vary the head, the adapter, the training rows and their order, not the test rows, nor the rows on which "
-    "ranks were measured."
+    "ranks were measured. Before you believe a difference, try it on other test rows."
 )
 CONTROLS = ("uniform", "permuted", "reversed", "eva", "adalora")
 _COLUMNS = (
