@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gelora_plugins.layout import Block, Linear, ModelLayout
     from gelora_plugins.lora_config import with_plan
     from gelora_plugins.pipeline import measure, select_ranks
+    from gelora_plugins.plan_check import check_plan
     from gelora_plugins.ranks import RankPlan, Site
     from gelora_plugins.report import RankReport
 
@@ -34,6 +35,7 @@ _HOME = {
     "RankReport": "report",
     "Site": "ranks",
     "apply_plan": "adapter",
+    "check_plan": "plan_check",
     "hookimpl": "hookspecs",
     "measure": "pipeline",
     "prepare_trainer": "integrations.transformers",
@@ -56,6 +58,7 @@ __all__ = [
     "RankReport",
     "Site",
     "apply_plan",
+    "check_plan",
     "hookimpl",
     "measure",
     "prepare_trainer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ from gelora_plugins.adapter import find_adapter
 from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
-from gelora_plugins.errors import DimensionError
-from gelora_plugins.features import leaving_no_trace, read_documents
+from gelora_plugins.errors import DimensionError, blaming
+from gelora_plugins.features import Autocast, leaving_no_trace, read_documents
 from gelora_plugins.layout import ModelLayout, unwrap
 from gelora_plugins.lora_config import config_sites
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions, make_plan
 from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
 from gelora_plugins.processes import ALONE, Processes
@@ -38,6 +40,7 @@ def select_ranks(
     collator: Collator | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
+    autocast: Autocast = nullcontext,
 ) -> RankPlan:
     """Measure `dataset` in `model` and choose a LoRA rank for every block. The model is left as it was.
 
@@ -50,6 +53,7 @@ def select_ranks(
         progress: whether to show a progress bar.
         processes: `Processes.all()` where every process of a run makes this call: they share the work, the first
             one's rows are read, and all get its plan.
+        autocast: what the forward passes run under: the mixed precision of the training, where it has one.
 
     Returns:
         The plan: `apply_plan(model, plan)` for an adapter that exists, `LoraConfig(**plan.lora_config_kwargs())`
@@ -74,7 +78,16 @@ def select_ranks(
     r, lora_alpha, use_rslora = lora_config.r, lora_config.lora_alpha, lora_config.use_rslora
     if config.plan is not None:
         return processes.decide(partial(_load_plan, config.plan, sites, r, lora_alpha, use_rslora))
-    profile = measure(model, dataset, config, layout=layout, collator=collator, progress=progress, processes=processes)
+    profile = measure(
+        model,
+        dataset,
+        config,
+        layout=layout,
+        collator=collator,
+        progress=progress,
+        processes=processes,
+        autocast=autocast,
+    )
     return processes.decide(lambda: make_plan(profile, config, sites, r, lora_alpha=lora_alpha, use_rslora=use_rslora))
 
 
@@ -91,12 +104,6 @@ def _load_plan(path: str, sites: tuple[Site, ...], r: int, lora_alpha: float, us
     return plan
 
 
-def find_layout(model: nn.Module) -> ModelLayout:
-    """The layout that the first plugin to know the model gives. Raises LayoutError when none does."""
-    layout: ModelLayout = plugins.plugin_manager().hook.find_model_layout(model=model)
-    return layout
-
-
 def measure(
     model: nn.Module,
     dataset: Any,
@@ -106,6 +113,7 @@ def measure(
     collator: Collator | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
+    autocast: Autocast = nullcontext,
 ) -> DimensionProfile:
     """The intrinsic dimension of the hidden states of `dataset` at every block boundary of `model`.
 
@@ -127,7 +135,16 @@ def measure(
     with FeatureStore(config.feature_storage, counts[-1]) as store:
         for stop in counts:
             num_tokens += read_documents(
-                model, layout, probe_set, pooling, store, config, stop=stop, processes=processes, progress=progress
+                model,
+                layout,
+                probe_set,
+                pooling,
+                store,
+                config,
+                stop=stop,
+                processes=processes,
+                progress=progress,
+                autocast=autocast,
             )
             facts = {"layout": layout, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
             profile = processes.decide(partial(_profile, store, probe_set, config, facts))
@@ -139,8 +156,9 @@ def measure(
 
 
 def _choose(model: nn.Module, dataset: Any, config: GeLoRAConfig, collator: Collator | None) -> ProbeSet:
-    with leaving_no_trace(model):  # rows may be augmented at random when they are read
-        probe_set = choose_documents(dataset, config, unwrap(model).config, collator)
+    advice = "Mend what reads the rows, or pass rows that can be read."
+    with leaving_no_trace(model), blaming("Reading the training data", advice):  # which may augment rows at random
+        probe_set = choose_documents(dataset, config, getattr(unwrap(model), "config", None), collator)
     if probe_set.num_documents < MIN_POINTS:
         raise DimensionError(
             f"The training data has {probe_set.num_documents} distinct documents ({probe_set.num_repeats} repeats were "
