@@ -67,9 +67,11 @@ def check_unstarted(optimizer: Any, adapter: Adapter) -> None:
 def check_held(optimizer: Any, adapter: Adapter) -> None:
     """Raises TooLateError unless every trainable parameter of `adapter` is in `optimizer`."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    # Layer-wise optimizers step in hooks, and the one that the Trainer sees is a dummy (transformers 5.23).
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    held.update(id(parameter) for parameter in getattr(inner, "optimizer_dict", None) or ())
+    # Layer-wise optimizers step in hooks, and the one that the Trainer sees is a dummy (transformers 5.23); torchao's
+    # CPUOffloadOptimizer has copies in its groups.
+    for kept in ("optimizer_dict", "param_d2h_map"):
+        held.update(id(parameter) for parameter in getattr(inner, kept, None) or ())
     named = _parameters(adapter)
     missing = [name for name, parameter in named if id(parameter) not in held]
     if missing:

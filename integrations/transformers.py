@@ -29,7 +29,7 @@ from gelora_plugins.adapter import (
 )
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError, blaming
-from gelora_plugins.lora_config import check_initialisation
+from gelora_plugins.lora_config import check_initialisation, without_plan
 from gelora_plugins.pipeline import select_ranks
 from gelora_plugins.plan_check import check_plan
 from gelora_plugins.plugins import find_layout, plugin_manager
@@ -108,7 +108,6 @@ class RankSelection:
         self.checkpoint: Checkpoint | None = None  # that training resumes from
         self._settled: weakref.ref[nn.Module] | None = None  # a search frees each trial's model
         self._adapter: str | None = None  # of that model
-        self._mismatch = ""  # why the adapter is not that of the saved plan
         self._decided = False  # chosen, or the user's own kept
         self._told: object = None  # the plan or checkpoint that was last shown
         self._train, self._call_model_init = trainer.train, trainer.call_model_init
@@ -121,12 +120,13 @@ class RankSelection:
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with the ranks settled first."""
         path = self._checkpoint_path(resume_from_checkpoint)
-        if path is not None:
+        built = self._is_built(self.trainer.model)
+        if path is not None and not (built and is_sharded(self.trainer)):  # whose checkpoint may say nothing of ranks
             self._restore(path)
         elif not self.is_settled() and not (self._decided and self.trainer.model_init is not None):
             # A search takes the model away between two trials (transformers 5.23), and call_model_init makes the next.
             try:
-                if not self._is_built():
+                if not built:
                     self._check_trainer()
                     self.plan = self.plan or self._select()
                 self._settle_current()
@@ -163,15 +163,25 @@ class RankSelection:
         model = extract_model_from_parallel(self.trainer.model)  # FSDP puts its wrapper there (transformers 5.23)
         return self._settled() is model and self._adapter == _adapter_name(model)
 
-    def _is_built(self) -> bool:
-        """Whether the adapter was made with the saved plan. Then nothing is to be done, sharded or not."""
-        if self.config.plan is None or find_adapter(self.trainer.model) is None:
+    def _is_built(self, model: nn.Module) -> bool:
+        """Whether the adapter of `model` was made with the saved plan. Then nothing is to be done, sharded or not.
+
+        Raises:
+            GeLoRAError: it was made with that plan's patterns, and is another.
+        """
+        if self.config.plan is None:
             return False
-        plan = self._processes().decide(partial(RankPlan.load, self.config.plan))
         try:
-            check_plan(self.trainer.model, plan)
-        except GeLoRAError as error:
-            self._mismatch = f" Nor was the adapter made with {self.config.plan}: {error}"
+            plan = self._processes().decide(partial(RankPlan.load, self.config.plan))
+            adapter = require_adapter(model)
+        except GeLoRAError:
+            return False  # said where the plan and the adapter are asked for, and kept where that is wanted
+        try:
+            check_plan(model, plan)
+        except GeLoRAError:
+            own = without_plan(adapter.config, plan, adapter.layers)
+            if own.rank_pattern != adapter.config.rank_pattern or is_sharded(self.trainer):
+                raise
             return False
         self.plan = plan
         return True
@@ -224,7 +234,7 @@ class RankSelection:
             return model, apply_config(model, self.checkpoint.config)
         if bare and self.lora_config is not None:
             return add_adapter(model, self.lora_config, self.plan)
-        if self.plan is None or self._is_built():
+        if self.plan is None or self._is_built(model):
             return model, AppliedPlan({}, ())
         self.plan = self._plan_for(model, self.plan)
         return model, apply_plan(model, self.plan)
@@ -257,7 +267,7 @@ class RankSelection:
                 "the plan before, in one process: gelora probe MODEL DATA -o profile.json, then gelora plan "
                 "profile.json -o plan.json; then LoraConfig(**RankPlan.load('plan.json').lora_config_kwargs(), ...) "
                 "and GeLoRACallback(plan='plan.json'), which checks the adapter. To resume, use the gelora/plan.json "
-                f"of the checkpoint.{self._mismatch}"
+                "of the checkpoint."
             )
 
     def _select(self) -> RankPlan:
