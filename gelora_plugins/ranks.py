@@ -29,6 +29,10 @@ class Site:
     parameters_per_rank: int
     max_rank: int | None = None
 
+    def most(self, base_rank: int) -> int:
+        """The largest rank to choose here: what the matrices hold, or the user's own `r` where that is more."""
+        return records.MAX_INT if self.max_rank is None else max(self.max_rank, base_rank)
+
     @property
     def pattern(self) -> str:
         """Key for PEFT's patterns, which are regexes matched as `(.*\\.)?(KEY)$`: escaped, and anchored at the root."""
@@ -88,13 +92,8 @@ class RankPlan:
                 raise PlanError(f"The rank of {site.name} is {rank!r}; expected a whole number of at least 1.")
             if site.parameters_per_rank < 1 or site.max_rank == 0:
                 raise PlanError(f"One rank of {site.name} costs {site.parameters_per_rank} parameters; expected some.")
-            # Beyond that a rank adds nothing to any of them, and the matrices may not fit into memory.
-            most = max(site.parameters_per_rank, self.base_rank)
-            if rank > most:
-                raise PlanError(
-                    f"The rank of {site.name} is {rank:.6g}; its matrices have no more than {most} rows and columns "
-                    "together. Make the plan again."
-                )
+            if rank > MAX_RANK:
+                raise PlanError(f"The rank of {site.name} is {rank!s:.80}; expected no more than {MAX_RANK}.")
         if len({site.name for site in self.sites}) != len(self.sites):
             raise PlanError("Two sites of a plan have the same name.")
         blocks = {block.name for block in self.profile.layout.blocks}
@@ -111,6 +110,14 @@ class RankPlan:
         from gelora_plugins.report import plan_table, render
 
         return render(plan_table(self))
+
+    def full_sites(self) -> tuple[Site, ...]:
+        """The sites that got the largest rank which their matrices can hold, and more than `base_rank`."""
+        return tuple(
+            site
+            for site, rank in zip(self.sites, self.ranks, strict=True)
+            if rank > self.base_rank and rank == site.max_rank
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -164,6 +171,14 @@ class RankPlan:
                     f"{mine.get(name, 'nothing')} parameters in the plan and {theirs.get(name, 'nothing')} in the "
                     f"model.{_other_prefix(list(mine), list(theirs))} Make a plan for this model and these target "
                     "modules."
+                )
+        for site, rank in zip(self.sites, self.ranks, strict=True):
+            # Beyond that a rank adds nothing to any of them, and the matrices may not fit into memory.
+            most = max(site.parameters_per_rank, self.base_rank)
+            if rank > most:
+                raise PlanError(
+                    f"The rank of {site.name} is {rank}; its matrices have no more than {most} rows and columns "
+                    "together. Make the plan again."
                 )
 
     def check_scaling(self, r: int, lora_alpha: float, use_rslora: bool) -> None:

@@ -52,6 +52,7 @@ class RankReport:
             f"Policy {plan.policy}, estimator {profile.estimator}, pooling {profile.pooling}"
             f"{', coordinates standardised' if profile.standardise else ''}. Measured on "
             f"{profile.num_documents:,} documents, {profile.num_tokens:,} tokens, in {profile.seconds:.1f} s.",
+            *_fullness(plan),
             *_sureness(plan),
         ]
         if self.trainable_before is not None and self.trainable_after is not None:
@@ -104,6 +105,18 @@ def versions() -> dict[str, str]:
 def _escaped(text: str) -> str:
     """`text` for Markdown: names of modules and plugins are anybody's, and may look like a table, HTML or a link."""
     return re.sub(r"([\\`*<>\[\]|&])", r"\\\1", " ".join(text.split()))
+
+
+def _fullness(plan: RankPlan) -> list[str]:
+    """Which ranks were held to what the matrices can hold, and what that leaves of a budget."""
+    full = plan.full_sites()
+    if not full:
+        return []
+    line = f"{len(full)} of {len(plan.sites)} blocks have the largest rank that every matrix in them can hold."
+    left = plan.num_base_parameters - plan.num_parameters
+    if plan.policy == "budget" and left >= max(site.parameters_per_rank for site in plan.sites):
+        line += f" {left:,} parameters of the budget could not be spent."
+    return [line]
 
 
 def _sureness(plan: RankPlan) -> list[str]:
