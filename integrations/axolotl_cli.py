@@ -32,13 +32,13 @@ def gelora(config: str, output: str | None) -> None:
     Loads the model and the data of CONFIG, measures, and prints the plan, also as YAML for a config without the
     plugin. CONFIG may list gelora in `plugins` or not. Nothing is written to its output directory.
     """
-    from gelora_plugins.report import RankReport
+    from gelora_plugins.report import RankReport, show
 
     try:
         plan, written = choose(config)
     except GeLoRAError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(RankReport(plan))
+    show(RankReport(plan))
     if output is not None:
         plan.save(output)
         click.echo(f"To train with these ranks and measure nothing:\n\ngelora:\n  plan: {output}\n")

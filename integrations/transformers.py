@@ -32,13 +32,13 @@ from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateErr
 from gelora_plugins.lora_config import check_initialisation, without_plan
 from gelora_plugins.pipeline import select_ranks
 from gelora_plugins.plan_check import check_plan
-from gelora_plugins.plugins import find_layout, plugin_manager
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import make_plan
 from gelora_plugins.processes import ALONE, Processes
 from gelora_plugins.ranks import RankPlan
-from gelora_plugins.report import RankReport
 
 from .checkpoint import PLAN, Checkpoint
+from .telling import is_at, tell
 from .trainer_check import TrainingCheck, check_unstarted, is_sharded
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class RankSelection:
         """`Trainer.save_model`, which checkpoints go through too, with the plan beside the adapter."""
         self._save_model(output_dir, *args, **kwargs)
         path = Path(output_dir or self.trainer.args.output_dir, PLAN)
-        if self.plan is not None and self.trainer.args.should_save and not self._is_at(path):
+        if self.plan is not None and self.trainer.args.should_save and not is_at(path, self.plan):
             try:
                 self.plan.save(path)
             except WriteError as error:
@@ -311,42 +311,10 @@ class RankSelection:
         )
 
     def _tell(self, applied: AppliedPlan, before: int, after: int) -> None:
-        """Show and save what was done, once for each plan."""
         told = self.checkpoint or self.plan
-        if told is None or told is self._told or not self.trainer.is_world_process_zero():
-            return
-        self._told = told
-        if self.plan is not None:
-            report = RankReport(self.plan, before, after)
-            print(report, flush=True)
-            if self.checkpoint is None or not self._is_at(Path(self.trainer.args.output_dir, PLAN)):
-                self._write(report)
-        if self.checkpoint is not None:
-            for line in self.checkpoint.lines(applied.ranks, self.config):
-                logger.warning("%s", line)
-            return
-        for line in applied.notes():
-            logger.warning("%s", line)
-
-    def _is_at(self, path: Path) -> bool:
-        """Whether the plan is saved there already, as where a run goes on."""
-        try:
-            return RankPlan.load(path) == self.plan
-        except PlanError:
-            return False
-
-    def _write(self, report: RankReport) -> None:
-        """Save the report. The ranks are set by now, so a failure here says nothing of them."""
-        directory = Path(self.trainer.args.output_dir, PLAN.parent)
-        try:
-            plugin_manager().hook.write_report(report=report, output_dir=str(directory))
-        except Exception as error:  # a plugin's too
-            message = f"The ranks are set, but the report was not written: {error}"
-            if self.config.on_failure != "keep":
-                raise WriteError(
-                    f"{message} Make room in {directory}, or remove the plugin, and train again."
-                ) from error
-            logger.warning("%s", message)
+        if told is not None and told != self._told and self.trainer.is_world_process_zero():
+            self._told = told
+            tell(self.trainer, self.config, self.plan, self.checkpoint, applied, (before, after))
 
     def _checkpoint_path(self, resume_from_checkpoint: Any) -> str | None:
         if isinstance(resume_from_checkpoint, bool):
