@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import LayoutError, ProbeError, blaming
+from gelora_plugins.errors import LayoutError, ProbeError
 from gelora_plugins.layout import HOW_TO_REGISTER, ModelLayout, unwrap
 from gelora_plugins.probe_set import IGNORED_LABEL, Batch, ProbeSet
-from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.processes import ALONE, Processes, blaming
 from gelora_plugins.storage import FeatureStore, own_pages
 
 logger = logging.getLogger(__name__)

@@ -14,14 +14,14 @@ from gelora_plugins.adapter import find_adapter
 from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
-from gelora_plugins.errors import DimensionError, blaming
+from gelora_plugins.errors import DimensionError
 from gelora_plugins.features import Autocast, leaving_no_trace, read_documents
 from gelora_plugins.layout import ModelLayout, unwrap
 from gelora_plugins.lora_config import config_sites
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions, make_plan
 from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
-from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.processes import ALONE, Processes, blaming
 from gelora_plugins.provenance import model_fingerprint, model_name, other_model
 from gelora_plugins.ranks import RankPlan, Site
 from gelora_plugins.storage import FeatureStore

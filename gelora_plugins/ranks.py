@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from gelora_plugins import records
@@ -234,7 +234,7 @@ class RankPlan:
 
 
 def _site_from_dict(data: Mapping[str, Any]) -> Site:
-    get = records.reader(data, "site")
+    get = records.reader(data, "site", keys=[field.name for field in fields(Site)])
     return Site(get("name", str), get("parameters_per_rank", int), get("max_rank", int, null=True, since=True))
 
 
