@@ -13,7 +13,7 @@ from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.features import leaving_no_trace, read_documents
+from gelora_plugins.features import accepted_inputs, leaving_no_trace, read_documents
 from gelora_plugins.layout import ModelLayout, unwrap
 from gelora_plugins.lora_config import config_sites
 from gelora_plugins.policies import check_dimensions, make_plan
@@ -121,7 +121,7 @@ def measure(
         plugins.find("estimator", config.estimator)
         pooling = plugins.find("pooling", config.pooling)
         layout = layout or find_layout(model)
-        probe_set = _choose(model, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
+        probe_set = _choose(model, layout, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
     counts = processes.decide(lambda: _growing(probe_set.num_documents, config))
     num_tokens = 0
     with FeatureStore(config.feature_storage, counts[-1]) as store:
@@ -138,9 +138,12 @@ def measure(
     return profile
 
 
-def _choose(model: nn.Module, dataset: Any, config: GeLoRAConfig, collator: Collator | None) -> ProbeSet:
+def _choose(
+    model: nn.Module, layout: ModelLayout, dataset: Any, config: GeLoRAConfig, collator: Collator | None
+) -> ProbeSet:
+    root = unwrap(model)
     with leaving_no_trace(model):  # rows may be augmented at random when they are read
-        probe_set = choose_documents(dataset, config, unwrap(model).config, collator)
+        probe_set = choose_documents(dataset, config, root.config, collator, accepted_inputs(root, layout))
     if probe_set.num_documents < MIN_POINTS:
         raise DimensionError(
             f"The training data has {probe_set.num_documents} distinct documents ({probe_set.num_repeats} repeats were "
