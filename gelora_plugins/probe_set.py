@@ -18,7 +18,7 @@ from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ProbeError
 
 ROWS_PER_DOCUMENT = 10  # rows read at most for each document wanted: bounds the search where most rows repeat
-_MEDIA = {"image", "images", "video", "videos", "audio", "audios"}  # files that a collator opens
+MEDIA = {"image", "images", "video", "videos", "audio", "audios"}  # files that a collator opens
 _TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "seq_lengths", "labels"}
 _BESIDE_TOKENS = {  # columns of tokenisers, TRL and Axolotl that no backbone reads
     "label",
@@ -172,7 +172,7 @@ def _beside_tokens(row: Any, collator: Collator | None, accepted: Container[str]
         return None
     others = {str(name) for name in row} - _TOKENS - _BESIDE_TOKENS
     if collator is None:  # nobody opens files, and the model reads what it has a name for
-        return {name for name in others if row[name] is not None and (name in _MEDIA or name in accepted)}
+        return {name for name in others if row[name] is not None and (name in MEDIA or name in accepted)}
     seen = getattr(collator, "signature_columns", None)  # of transformers' RemoveColumnsCollator, as the Trainer's is
     return others if seen is None else others & set(seen)
 
