@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
-from gelora_plugins import plugins
+from gelora_plugins import generators, plugins
 from gelora_plugins.adapter import find_adapter
 from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
@@ -43,7 +43,8 @@ def select_ranks(
 
     Args:
         model: a model without an adapter, or a PEFT model whose LoRA adapter has not been trained.
-        dataset: the training rows, with `input_ids`; others need a `collator`.
+        dataset: the training rows, with `input_ids`; others need a `collator`. A bare iterator is used up as far as it
+            is read, and a data set that would lose its rows so is refused.
         config: the options.
         lora_config: for a model without an adapter, the configuration it will get; the default adapts every
             linear map of the blocks with PEFT's default `r` and `lora_alpha`.
@@ -74,7 +75,9 @@ def select_ranks(
     r, lora_alpha, use_rslora = lora_config.r, lora_config.lora_alpha, lora_config.use_rslora
     if config.plan is not None:
         return processes.decide(partial(_load_plan, config.plan, sites, r, lora_alpha, use_rslora))
-    profile = measure(model, dataset, config, layout=layout, collator=collator, progress=progress, processes=processes)
+    how: dict[str, Any] = {"layout": layout, "collator": collator, "progress": progress, "processes": processes}
+    with generators.kept(dataset, collator):
+        profile = measure(model, dataset, config, **how)
     return processes.decide(lambda: make_plan(profile, config, sites, r, lora_alpha=lora_alpha, use_rslora=use_rslora))
 
 

@@ -155,7 +155,7 @@ def _read_again(dataset: Any) -> Iterator[Any]:
         ProbeError: the stream cannot be read again from its start.
     """
     bare = hasattr(dataset, "__next__") and not isinstance(dataset, IterableDataset)
-    rows = iter(dataset)
+    rows: Iterator[Any] = iter(dataset)
     if not bare and rows is iter(dataset):
         raise ProbeError(
             f"The training dataset can be read once: each iter() of the {type(dataset).__name__} gives the same "

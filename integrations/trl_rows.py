@@ -48,8 +48,8 @@ class TrlRows:
             )
         if "completions" in columns:
             raise ProbeError(
-                "The rows have several completions to a prompt, which only trl's PRMTrainer reads. Use GeLoRACallback "
-                "in that trainer, or give rows with input_ids."
+                "The rows have several completions to a prompt, which TRL tokenises step by step, for reward models "
+                "only. Give rows with input_ids, tokenised as your trainer does."
             )
         self.dataset = dataset
         self.tokenizer = tokenizer

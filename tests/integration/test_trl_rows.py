@@ -1,5 +1,6 @@
 """`gelora probe` measures what TRL trains on: the same token ids as its trainers make, in each of its formats."""
 
+import importlib
 import json
 import random
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from datasets import Dataset
 from gelora_plugins.integrations.trl_rows import TrlRows
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from gelora_plugins import DimensionProfile, GeLoRACallback, GeLoRAConfig, RankPlan, cli
@@ -148,6 +149,28 @@ def test_the_command_measures_what_the_callback_does(
     here = probe(model_path, data(kind), tmp_path, monkeypatch, "--probe-samples", "55")
     assert here.data_fingerprint == there.data_fingerprint
     assert here.num_tokens == there.num_tokens
+
+
+@pytest.mark.parametrize(("module", "name", "options"), [("orpo", "ORPO", {}), ("cpo", "CPO", {"loss_type": "simpo"})])
+def test_pairs_of_orpo_and_simpo_are_the_prompt_with_the_chosen_answer(
+    module: str, name: str, options: dict[str, Any], model_path: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    home = importlib.import_module(f"trl.experimental.{module}")
+    args = getattr(home, f"{name}Config")(
+        str(tmp_path), max_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False, **options
+    )
+    trainer = getattr(home, f"{name}Trainer")(
+        AutoModelForCausalLM.from_pretrained(model_path),
+        args=args,
+        train_dataset=data("preference"),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[GeLoRACallback(GeLoRAConfig(probe_max_length=9))],
+    )
+    trainer.train()
+    profile = RankPlan.load(tmp_path / "gelora" / "plan.json").profile
+    assert profile.num_documents == COUNT
+    assert profile.num_tokens == sum(min(9, len(row["chosen_input_ids"])) for row in trainer.train_dataset)
 
 
 def probe(model: str, dataset: Dataset, directory: Path, patch: pytest.MonkeyPatch, *options: str) -> DimensionProfile:
