@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,14 +107,29 @@ def probe(
     plugins.find("estimator", estimator)
     plugins.find("pooling", pooling)
     loaded, tokenizer = _load(model, task, dtype)
-    from gelora_plugins.rows import TokenisedRows, load_rows
+    from gelora_plugins.rows import load_rows
 
-    rows = TokenisedRows(load_rows(data, split), tokenizer, text_field)
+    rows = _prepared(load_rows(data, split), loaded, tokenizer, text_field, probe_max_length)
     profile = _probe_all(loaded, rows, config, rank, output) if sensitivity else _probe(loaded, rows, config)
     records.write_json(output, profile.to_dict())
     for note in profile.notes():
         typer.echo(note)
     typer.echo(f"{profile.num_documents} documents, {profile.num_tokens} tokens, {profile.seconds:.1f} s -> {output}")
+
+
+def _prepared(dataset: Any, model: Any, tokenizer: Any, text_field: str, max_length: int) -> Any:
+    """The rows with token ids: as TRL would train on them, where they are of a kind that it trains on."""
+    from gelora_plugins.rows import TokenisedRows, are_for_trl
+
+    # TRL trains causal models, and takes no tokenizer without an end of text (trl 1.16).
+    writes = model.can_generate() and not model.config.is_encoder_decoder and tokenizer.eos_token is not None
+    if not are_for_trl(dataset.column_names, text_field if writes else None, find_spec("trl") is not None):
+        return TokenisedRows(dataset, tokenizer, text_field)
+    from gelora_plugins.integrations.trl_rows import TrlRows
+
+    rows = TrlRows(dataset, tokenizer, text_field, max_length)
+    typer.echo(rows.note)
+    return rows
 
 
 def _probe(model: Any, rows: Any, config: GeLoRAConfig) -> DimensionProfile:

@@ -79,8 +79,8 @@ def read_documents(
         if size == 1:
             raise ProbeError(
                 "Memory ran out in a forward pass with one document. Lower probe_max_length (now "
-                f"{config.probe_max_length}), load the model in bfloat16 or 4 bits, or make the plan on a device with "
-                "more memory and pass plan=..."
+                f"{config.probe_max_length}; it cuts text, not images or sounds), load the model in bfloat16 or 4 "
+                "bits, or make the plan on a device with more memory and pass plan=..."
             )
         size //= 2
         logger.warning("Memory ran out while GeLoRA measured; trying again with %d documents in a batch.", size)
@@ -144,7 +144,7 @@ def reading(
     """
     root = unwrap(model)
     backbone = root.get_submodule(layout.backbone)
-    accepted = inspect.signature(backbone.forward).parameters
+    accepted = accepted_inputs(root, layout)
     device = input_device(backbone)
     recorder = _Recorder(layout, pooling)
 
@@ -155,7 +155,7 @@ def reading(
         if not arguments:
             raise ProbeError(
                 f"A batch has {', '.join(inputs) or 'no tensors'}; expected inputs that {type(backbone).__name__} "
-                f"takes, such as {', '.join(list(accepted)[:3])}."
+                f"takes, such as {', '.join(accepted[:3])}."
             )
         if "use_cache" in accepted:
             arguments["use_cache"] = False
@@ -170,6 +170,11 @@ def reading(
         if backbone is root:
             stack.callback(_shorten_head(root))
         yield read
+
+
+def accepted_inputs(root: nn.Module, layout: ModelLayout) -> list[str]:
+    """Names of the inputs that the backbone of `root`, an unwrapped model, takes."""
+    return list(inspect.signature(root.get_submodule(layout.backbone).forward).parameters)
 
 
 def input_device(backbone: nn.Module) -> torch.device:

@@ -7,13 +7,13 @@ from functools import partial
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
-from gelora_plugins import plugins
+from gelora_plugins import generators, plugins
 from gelora_plugins.adapter import find_adapter
 from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.features import leaving_no_trace, read_documents
+from gelora_plugins.features import accepted_inputs, leaving_no_trace, read_documents
 from gelora_plugins.layout import ModelLayout, unwrap
 from gelora_plugins.lora_config import config_sites
 from gelora_plugins.policies import check_dimensions, make_plan
@@ -43,7 +43,8 @@ def select_ranks(
 
     Args:
         model: a model without an adapter, or a PEFT model whose LoRA adapter has not been trained.
-        dataset: the training rows, with `input_ids`; others need a `collator`.
+        dataset: the training rows, with `input_ids`; others need a `collator`. A bare iterator is used up as far as it
+            is read, and a data set that would lose its rows so is refused.
         config: the options.
         lora_config: for a model without an adapter, the configuration it will get; the default adapts every
             linear map of the blocks with PEFT's default `r` and `lora_alpha`.
@@ -74,7 +75,9 @@ def select_ranks(
     r, lora_alpha, use_rslora = lora_config.r, lora_config.lora_alpha, lora_config.use_rslora
     if config.plan is not None:
         return processes.decide(partial(_load_plan, config.plan, sites, r, lora_alpha, use_rslora))
-    profile = measure(model, dataset, config, layout=layout, collator=collator, progress=progress, processes=processes)
+    how: dict[str, Any] = {"layout": layout, "collator": collator, "progress": progress, "processes": processes}
+    with generators.kept(dataset, collator):
+        profile = measure(model, dataset, config, **how)
     return processes.decide(lambda: make_plan(profile, config, sites, r, lora_alpha=lora_alpha, use_rslora=use_rslora))
 
 
@@ -121,7 +124,7 @@ def measure(
         plugins.find("estimator", config.estimator)
         pooling = plugins.find("pooling", config.pooling)
         layout = layout or find_layout(model)
-        probe_set = _choose(model, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
+        probe_set = _choose(model, layout, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
     counts = processes.decide(lambda: _growing(probe_set.num_documents, config))
     num_tokens = 0
     with FeatureStore(config.feature_storage, counts[-1]) as store:
@@ -138,9 +141,12 @@ def measure(
     return profile
 
 
-def _choose(model: nn.Module, dataset: Any, config: GeLoRAConfig, collator: Collator | None) -> ProbeSet:
+def _choose(
+    model: nn.Module, layout: ModelLayout, dataset: Any, config: GeLoRAConfig, collator: Collator | None
+) -> ProbeSet:
+    root = unwrap(model)
     with leaving_no_trace(model):  # rows may be augmented at random when they are read
-        probe_set = choose_documents(dataset, config, unwrap(model).config, collator)
+        probe_set = choose_documents(dataset, config, root.config, collator, accepted_inputs(root, layout))
     if probe_set.num_documents < MIN_POINTS:
         raise DimensionError(
             f"The training data has {probe_set.num_documents} distinct documents ({probe_set.num_repeats} repeats were "

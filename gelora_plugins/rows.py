@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,28 @@ def load_rows(data: str, split: str) -> Any:
         raise ProbeError(f"{data} is no file here and no dataset that can be loaded: {error}") from error
 
 
+def are_for_trl(names: Sequence[str], text_field: str | None, installed: bool) -> bool:
+    """Whether TRL's trainers tokenise rows with these fields: chats, prompts, pairs, instructions, or `text_field`.
+
+    Raises:
+        ProbeError: they do, they alone, and TRL is not installed.
+    """
+    known = {"messages", "conversations", "prompt", "chosen", "completions"} & {*names}
+    if "input_ids" in names or not (known or {"instruction", "output"} <= {*names}):
+        return installed and "input_ids" not in names and text_field in names
+    if not installed:
+        raise ProbeError(
+            f"The rows have the fields {', '.join(names)}, which TRL's trainers tokenise, and trl is not installed: "
+            "pip install 'gelora[trl]', or give rows with input_ids or text."
+        )
+    return True
+
+
 class TokenisedRows:
     """A map-style view of `dataset` whose rows have `input_ids`; each row is tokenised when it is read.
 
-    A row is taken as it is when it has `input_ids`; else its `messages` go through the chat template, `prompt` and
-    `completion` are joined, `text_a` and `text_b` make a pair, and `text`, or the field named, is read as text.
+    A row is taken as it is when it has `input_ids`; else `text_a` and `text_b` make a pair, and `text`, or the field
+    named, is read as text.
     """
 
     def __init__(self, dataset: Any, tokenizer: Any, text_field: str = "text") -> None:
@@ -54,16 +71,12 @@ class TokenisedRows:
         row: dict[str, Any] = self.dataset[i]
         if "input_ids" in row:
             return row
-        encode: Callable[..., Any] = self.tokenizer
         if self.text_field in row:
-            return dict(encode(row[self.text_field]))
-        if "messages" in row:
-            return dict(encode(self.tokenizer.apply_chat_template(row["messages"], tokenize=False)))
-        if "prompt" in row and "completion" in row:
-            return dict(encode(row["prompt"] + row["completion"]))
+            return dict(self.tokenizer(row[self.text_field]))
         if "text_a" in row and "text_b" in row:
-            return dict(encode(row["text_a"], row["text_b"]))
+            return dict(self.tokenizer(row["text_a"], row["text_b"]))
         raise ProbeError(
-            f"A row has the fields {', '.join(row)}; expected input_ids, messages, prompt and completion, text_a and "
-            f"text_b, or {self.text_field!r} (--text-field names another)."
+            f"A row has the fields {', '.join(row)}; expected input_ids, messages, conversations, prompt, prompt and "
+            "completion, chosen and rejected, instruction and output, text_a and text_b, or "
+            f"{self.text_field!r} (--text-field names another)."
         )

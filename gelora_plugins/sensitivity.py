@@ -18,7 +18,7 @@ from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import ROUNDINGS, GeLoRAConfig
 from gelora_plugins.dimension import DimensionProfile
 from gelora_plugins.errors import GeLoRAError, ProbeError
-from gelora_plugins.features import Pooling, leaving_no_trace, read_documents
+from gelora_plugins.features import Pooling, accepted_inputs, leaving_no_trace, read_documents
 from gelora_plugins.layout import unwrap
 from gelora_plugins.pipeline import find_layout
 from gelora_plugins.policies import check_dimensions
@@ -171,8 +171,9 @@ def measure_sensitivity(
         plugins.find(kind, getattr(config, kind))
     layout = find_layout(model)
     sites = tuple(sites or layout_sites(layout, lambda path: True))
+    root = unwrap(model)
     with leaving_no_trace(model):
-        probe_set = choose_documents(dataset, config, unwrap(model).config, collator)
+        probe_set = choose_documents(dataset, config, root.config, collator, accepted_inputs(root, layout))
     num_documents = len(probe_set.documents)
     poolings = _Poolings(plugins.available("pooling"))
     chosen, *others = settings(config)

@@ -18,7 +18,7 @@ MODULES = ENGINE | ADAPTERS
 # A module imports from the layers below its own. The adapters, which import each other, are above all but the last.
 LAYERS = [
     {"errors"},
-    {"config", "records"},
+    {"collated", "config", "generators", "records"},
     {"hookspecs", "layout", "neighbours", "pooling", "probe_set", "processes", "rows", "storage"},
     {"builtin", "dimension", "features", "plugins", "resampling"},
     {"estimators", "ranks"},
