@@ -1,7 +1,8 @@
 """Comparisons of a tiny model: its rows and settings, a plan without measuring, and trainings that are only said."""
 
+import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def result(made: Run, score: float | None, loss: float | None = 0.5) -> dict[str
     """What a training of `made` gives."""
     measured = {"seconds": 1.0, "peak_memory": None, "lora_parameters": made.recipe.parameters, "head_parameters": 34}
     return {"score": score, "loss": loss, **measured}
+
+
+def little_garbage() -> Iterator[None]:
+    """A fixture: `Trainer.train` collects garbage, and looks at all that was imported for a third of a tiny run."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def said(score: Callable[[Run], float | None]) -> Attempt:
