@@ -237,7 +237,8 @@ def device() -> str:
     """What the Trainer trains on: the name of a CUDA device, else the kind of accelerator, or cpu."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def side_by_side(
     if server:
         context.set_forkserver_preload(list(preload))
     waiting = iter(items)
-    running: dict[Connection, tuple[Item, Any]] = {}
+    running: dict[Any, tuple[Item, Any]] = {}  # by the connection that its result comes through
     try:
         while True:
             for item in islice(waiting, jobs - len(running)):
@@ -42,7 +42,8 @@ def side_by_side(
                 running[receiver] = (item, process)
             if not running:
                 return
-            for receiver in wait(list(running)):
+            ended: list[Any] = wait(list(running))
+            for receiver in ended:
                 item, process = running.pop(receiver)
                 with receiver:
                     result = _received(receiver, process)

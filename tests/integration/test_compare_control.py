@@ -102,7 +102,7 @@ def test_an_allocation_of_exchangeable_blocks_is_equal_to_its_permutations(
     settings = replace(SETTINGS, rates=(3e-3,), epochs=4, margin=1e-3)
     found = contrast(tmp_path, labelled(ids, labels), (6, 1, 1), settings)
     assert found.contrast("control", "allocation", "allocation", "permuted").verdict.startswith("equal within")
-    ours, permuted = found.results
+    ours, _ = found.results
     assert len(set(ours.scores)) == 3
 
 
