@@ -56,7 +56,7 @@ def side_by_side(
 def _received(receiver: Any, process: Any) -> Any:
     try:
         result = receiver.recv()
-    except EOFError:
+    except (EOFError, OSError):  # OSError where it died while it sent
         process.join()
         return (
             f"its process ended with exit code {process.exitcode}"
