@@ -236,7 +236,9 @@ def compare(
         Path, typer.Option("--output", "-o", help="Folder of the comparison; a run that is recorded there is kept.")
     ] = Path("comparison"),
     test: Annotated[str | None, typer.Option(help="Test rows; a fifth of DATA if not given.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the task; that of the file if not given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the task, and of its folder; that of the file if not given.")
+    ] = None,
     metric: Annotated[str, typer.Option(help="accuracy, mcc, f1, spearman or loss; the task's usual one.")] = "",
     plan: Annotated[list[Path] | None, typer.Option(help="Saved plans to compare, instead of GeLoRA's.")] = None,
     methods: Annotated[str, typer.Option(help="Which of them, with commas; all if not given.")] = "",
@@ -258,7 +260,9 @@ def compare(
         int | None, typer.Option(help="How many of the training rows each seed draws for itself; all if not given.")
     ] = None,
     test_rows: Annotated[int | None, typer.Option(help="How many test rows to draw; all if not given.")] = None,
-    margin: Annotated[float, typer.Option(help="Differences up to this are called equal; in hundredths.")] = 0.0,
+    margin: Annotated[
+        float, typer.Option(help="Methods are equal where they differ by no more, with 95 % confidence; in hundredths.")
+    ] = 0.0,
     jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
 ) -> None:
     """Compare: GeLoRA, uniform, permuted, EVA, AdaLoRA at equal parameters, on your model and data."""
@@ -276,14 +280,16 @@ def compare(
     settings = replace(settings, rate_seeds=rate_seeds, rows_per_seed=rows_per_seed, epochs=epochs)
     settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16)
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
-    loaded = load_task(name or Path(data).name.split(".")[0], task, data, test, metric=metric, **sizes)
-    plans = {path.stem: RankPlan.load(path) for path in plan} if plan else None
+    plans = _by_name(plan, RankPlan.load) if plan else None
+    loaded = load_task(name or Path(data).name.lstrip(".").split(".")[0], task, data, test, metric=metric, **sizes)
     found = run(model, loaded, output, settings, plans=plans, jobs=jobs, progress=sys.stderr.isatty())
     typer.echo(found.table(loaded.name))
     for line in found.lines():
         typer.echo(line)
     for path in found.write(output):
         typer.echo(f"-> {path}")
+    if any(gap.unfinished and gap.task == loaded.name for gap in found.gaps):
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -294,6 +300,19 @@ def sft(context: typer.Context) -> None:
     from gelora_plugins.integrations import trl
 
     trl.main(context.args)
+
+
+def _by_name(files: list[Path], load: Any) -> dict[str, Any]:
+    """What is loaded from files, by their names without the ending."""
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.stem in found:
+            raise ConfigError(
+                f"Two plans are called {path.stem!r}: {found[path.stem]} and {path}. Copy one to a file of another "
+                "name; the name of the file is that of its row."
+            )
+        found[path.stem] = path
+    return {name: load(path) for name, path in found.items()}
 
 
 def _list(text: str, kind: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ METRICS = {  # the first is the default
     "regression": ("spearman", "loss"),
     "causal-lm": ("loss",),
 }
+MOST_CUT = 0.1  # a comparison without more of the rows than that is one on other data
+NAME = r"\w[\w .,+=()-]{0,99}"  # of what becomes a folder, and a row of tables: no separators, nothing hidden
 Row = Mapping[str, Any]
 
 
@@ -30,12 +33,16 @@ class Task:
     """Rows to train on and rows to score on.
 
     Attributes:
-        name: of the task, and of its folder.
+        name: of the task, and of its folder; see `check_name`.
         kind: "classification", "regression" or "causal-lm".
         train, test: rows with `text`, or `text_a` and `text_b`, or `input_ids`, and a `label`; for causal-lm with
             `prompt` and `completion` (only the completion counts), or `text`. The test rows choose nothing.
         metric: of the test rows: accuracy, mcc (Matthews), f1, spearman, or loss. Only the loss is better when lower.
         max_length: tokens of a row; what is longer is cut there.
+
+    Raises:
+        ConfigError: a name, kind, metric or length that cannot be used.
+        ProbeError: too few rows.
     """
 
     name: str
@@ -46,6 +53,9 @@ class Task:
     max_length: int = 128
 
     def __post_init__(self) -> None:
+        check_name(self.name, "task")
+        if self.max_length < 1:
+            raise ConfigError(f"max_length is {self.max_length!r}; expected at least 1 token.")
         if self.kind not in METRICS:
             raise ConfigError(f"The kind of task is {self.kind!r}; expected one of: {', '.join(METRICS)}.")
         if not self.metric:
@@ -85,6 +95,15 @@ class Task:
             for row in rows:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+
+def check_name(name: str, what: str) -> None:
+    """Raises ConfigError where the name of a `what` cannot be that of a folder and of a row of a table."""
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"The {what} is called {name!r:.120}; expected up to 100 letters, digits, spaces and any of ._,+=()- that "
+            "begin with a letter or a digit."
+        )
 
 
 def load_task(
@@ -128,9 +147,29 @@ def _sample(rows: list[Any], count: int | None) -> list[Any]:
 
 
 def encode(task: Task, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
-    """Rows with `input_ids`, `labels` and what else the tokenizer gives; no padding."""
+    """Rows with `input_ids`, `labels` and what else the tokenizer gives; no padding.
+
+    Rows of a causal-lm of which no token counts are left out: max_length cuts their whole answer off.
+
+    Raises:
+        ProbeError: those are more than a tenth, or a row has not what it needs.
+    """
     labels = {label: i for i, label in enumerate(task.labels)} if task.kind == "classification" else {}
-    return [_encode(task, row, tokenizer, labels) for row in rows]
+    encoded = [_encode(task, row, tokenizer, labels) for row in rows]
+    kept = [row for row in encoded if task.kind != "causal-lm" or _counts(row)]
+    cut = len(rows) - len(kept)
+    if cut > MOST_CUT * len(rows):
+        raise ProbeError(
+            f"max_length is {task.max_length}, and cuts off all that counts in {cut:,} of {len(rows):,} rows: nothing "
+            f"of their answers is left. Give a larger max_length, or leave long rows out; up to {MOST_CUT:.0%} of the "
+            "rows would be left out here."
+        )
+    return kept
+
+
+def _counts(row: Row) -> bool:
+    """Whether a token of the row counts in the loss; the first follows nothing, so it never does."""
+    return any(label != IGNORED_LABEL for label in row["labels"][1:])
 
 
 def _encode(task: Task, row: Row, tokenizer: Any, labels: Mapping[Any, int]) -> dict[str, Any]:
@@ -138,7 +177,7 @@ def _encode(task: Task, row: Row, tokenizer: Any, labels: Mapping[Any, int]) -> 
     if task.kind == "causal-lm" and "completion" in row:
         return _completion(task, row, tokenizer)
     if "input_ids" in row:
-        encoded = {name: row[name] for name in ("input_ids", "token_type_ids") if name in row}
+        encoded = {name: row[name][: task.max_length] for name in ("input_ids", "token_type_ids") if name in row}
     elif "text_a" in row and "text_b" in row:
         encoded = dict(tokenizer(row["text_a"], row["text_b"], **cut))
     elif "text" in row:

@@ -26,8 +26,10 @@ LAYERS = [
     {"adapter", "boundaries", "policies", "report"},
     {"pipeline"},
     set(ADAPTERS),
-    {"compare_methods", "compare_stats", "compare_tasks"},
-    {"compare_bench", "compare_pictures", "compare_report"},
+    {"compare_methods", "compare_stats", "compare_tasks", "compare_workers"},
+    {"compare_runs"},
+    {"compare_bench", "compare_pictures", "compare_results"},
+    {"compare_report"},
     {"compare_training"},
     {"cli", "compare", "demo", "export", "sensitivity"},
 ]
