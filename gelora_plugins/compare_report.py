@@ -193,8 +193,8 @@ class Comparison:
         for experiment in self.experiments:
             task, settings, rows = experiment["task"], experiment["settings"], _train_rows(experiment)
             parts.append(
-                f"## {markdown(task['name'])}: {task['metric']}\n\n{markdown(experiment['model'])}, {rows} training rows, "
-                f"{task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, rates "
+                f"## {markdown(task['name'])}: {task['metric']}\n\n{markdown(experiment['model'])}, {rows} training "
+                f"rows, {task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, rates "
                 f"{', '.join(f'{rate:g}' for rate in settings['rates'])}.\n"
             )
             parts.append(self.table(task["name"]))

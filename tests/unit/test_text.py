@@ -1,5 +1,7 @@
 """Names that are anybody's stay names wherever they are shown: terminal, Markdown, picture."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +10,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from gelora_plugins.compare_report import Comparison, Contrast, Result
-from gelora_plugins.compare_stats import paired_difference
+from gelora_plugins.compare_report import Comparison
 from gelora_plugins.report import RankReport, draw
 from gelora_plugins.text import label, markdown, printable
 from tests.unit.test_report import renamed
@@ -51,13 +52,14 @@ def test_a_report_has_nothing_for_the_terminal_to_act_on(name: str, show: Callab
 
 
 @pytest.mark.parametrize("name", [*MARKDOWN, *TERMINAL.values()])
-def test_a_comparison_shows_names_as_they_are(name: str) -> None:
-    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(comparison(name).to_markdown())
+def test_a_comparison_shows_names_as_they_are(name: str, tmp_path: Path) -> None:
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(comparison(name, tmp_path).to_markdown())
     assert [tag for tag in ("<img", "<code>", "<a ", "<em>", "<s>") if tag in html] == []
-    assert html.count("<tr>") == 3
+    assert html.count("<tr>") == 4
     assert [line for line in html.split("\n") if not line.isprintable()] == []
     shown = printable(name).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    assert f"<td>{shown}: {shown}</td>" in html or f"<td>{shown}</td>" in html
+    assert f"<td>{shown}</td>" in html
+    assert f"<td>{shown}: uniform</td>" in html
     assert f"<h2>{shown}: accuracy</h2>" in html
 
 
@@ -66,7 +68,8 @@ def test_a_picture_shows_names_as_they_are(name: str, tmp_path: Path) -> None:
     text = Text(0, 0, label(name))
     assert text._preprocess_math(text.get_text()) == (name, False)
     draw(renamed(name), tmp_path / "ranks.png")
-    comparison(name).write(tmp_path)
+    paths = comparison(name, tmp_path).write(tmp_path / "written")
+    assert {path.suffix for path in paths} == {".json", ".md", ".png"}
 
 
 def test_the_check_of_pictures_can_fail(tmp_path: Path) -> None:
@@ -80,14 +83,15 @@ def test_a_dollar_sign_begins_no_formula_in_markdown() -> None:
     assert markdown("$a$ costs $5") == r"\$a\$ costs \$5"
 
 
-def comparison(name: str) -> Comparison:
-    """Two methods on one task, where the task, the model and a plan have this name."""
-    settings = {"seeds": 2, "epochs": 1, "rates": [1e-3], "margin": 0.0}
-    task = {"name": name, "metric": "accuracy", "train_rows": 10, "test_rows": 5}
-    results = tuple(
-        Result(name, name, method, True, 100.0, scores, 81.0, 1.0, 1e-3, False, 1.0, None, ((1.0, 2.0),))
-        for method, scores in ((name, (80.0, 82.0)), ("uniform", (79.0, 80.0)))
-    )
-    difference = paired_difference(results[0].scores, results[1].scores)
-    contrasts = (Contrast(name, name, name, "uniform", difference, 0.5, "equal within 3"),)
-    return Comparison(({"task": task, "model": name, "settings": settings, "notes": []},), results, contrasts)
+def comparison(name: str, directory: Path) -> Comparison:
+    """A recorded comparison, where the task, the model and a plan have this name."""
+    recorded = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-one-rate" / "sst2_fresh"
+    experiment = json.loads((recorded / "experiment.json").read_text())
+    experiment["model"] = experiment["task"]["name"] = name
+    (row,) = (row for row in experiment["rows"] if not row["name"].startswith("uniform"))
+    (method,) = (method for method in row["methods"] if method["name"] == row["name"])
+    row["name"] = method["name"] = name
+    (directory / "recorded").mkdir()
+    (directory / "recorded" / "experiment.json").write_text(json.dumps(experiment))
+    shutil.copy(recorded / "runs.jsonl", directory / "recorded")
+    return Comparison.read(directory)
