@@ -102,11 +102,13 @@ def test_other_files_give_the_same_profile(
     import datasets
 
     dataset = datasets.load_dataset("json", data_files=str(data), split="train")
-    other = tmp_path / f"train{suffix}"
-    write = {".parquet": dataset.to_parquet, ".csv": dataset.to_csv}.get(suffix.removesuffix(".gz"), dataset.to_json)
+    other = tmp_path / f"other{suffix.removesuffix('.gz')}"
+    write = {".parquet": dataset.to_parquet, ".csv": dataset.to_csv}.get(other.suffix, dataset.to_json)
     write(str(other))
     if suffix.endswith(".gz"):
-        other.write_bytes(gzip.compress(other.read_bytes()))
+        zipped = other.with_name(f"{other.name}.gz")
+        zipped.write_bytes(gzip.compress(other.read_bytes()))
+        other = zipped
     for path, output in ((data, "a.json"), (other, "b.json")):
         run(monkeypatch, "probe", model, path, "-o", tmp_path / output)
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
