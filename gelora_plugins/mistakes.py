@@ -24,4 +24,7 @@ def reason(error: BaseException) -> str:
     """What an error says, with its kind where that is not one of ours."""
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__  # which says what; the error says that there was one (datasets 5.2)
+    if type(error).__module__.startswith("pydantic"):
+        details = getattr(error, "errors", list)()  # its own text shows the whole input as well
+        return "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in details) or str(error)
     return str(error) if isinstance(error, GeLoRAError) else f"{type(error).__name__}: {error}"

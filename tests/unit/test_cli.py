@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from gelora_plugins import RankPlan, cli, mistakes, records
+from gelora_plugins.errors import ConfigError
 from tests.plans import make_plan
 from tests.tiny import VOCABULARY, build
 
@@ -314,6 +315,22 @@ def test_a_fault_of_the_program_is_no_sentence(monkeypatch: pytest.MonkeyPatch, 
 def test_what_is_a_users_and_what_is_a_fault(error: Exception, said: str | None) -> None:
     found = mistakes.sentence(error)
     assert found is None if said is None else said in str(found)
+
+
+def test_of_a_pydantic_error_only_the_messages_are_said() -> None:
+    from pydantic import BaseModel, ValidationError, field_validator
+
+    class Model(BaseModel):
+        rank: int
+
+        @field_validator("rank")
+        @classmethod
+        def check(cls, value: int) -> int:
+            raise ConfigError(f"rank is {value}; expected more.")
+
+    with pytest.raises(ValidationError) as caught:
+        Model(rank=1)
+    assert mistakes.sentence(caught.value) == "rank is 1; expected more."
 
 
 def test_the_version_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
