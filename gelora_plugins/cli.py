@@ -27,6 +27,7 @@ app = typer.Typer(
     "none of these: add GeLoRACallback() to your Trainer and train.",
 )
 
+_MOST_RANK = 2**16  # no linear map that is trained today has a longer side
 _OPTIONS = {field.name: field for field in fields(GeLoRAConfig)}
 _TASKS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -105,7 +106,10 @@ def probe(
             "forward pass for all. sensitivity.json goes beside the profile. Reads all of probe_samples.",
         ),
     ] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Your own r, for --sensitivity: what the policy budget spends.")] = 8,
+    rank: Annotated[
+        int,
+        typer.Option(min=1, max=_MOST_RANK, help="Your own r, for --sensitivity: what the policy budget spends."),
+    ] = 8,
 ) -> None:
     """Measure: hidden states of DATA in MODEL -> intrinsic dimension at every block boundary."""
     config = GeLoRAConfig(
@@ -161,7 +165,9 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
     policy: Annotated[str, typer.Option(help=_help("policy"))] = _default("policy"),
     rounding: Annotated[str, typer.Option(help=_help("rounding"))] = _default("rounding"),
-    rank: Annotated[int, typer.Option(min=1, help="Your own r: the budget, and what the scaling is measured by.")] = 8,
+    rank: Annotated[
+        int, typer.Option(min=1, max=_MOST_RANK, help="Your own r: the budget, and what the scaling is measured by.")
+    ] = 8,
     alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
     rslora: Annotated[bool, typer.Option(help="Rank-stabilised LoRA: scaling is alpha / sqrt(r).")] = False,
     target_modules: Annotated[
@@ -333,7 +339,7 @@ def _load(model: str, task: str, dtype: str) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         (name, *_) = getattr(config, "architectures", None) or ["AutoModel"]
-        loader = getattr(transformers, str(name) if task == "auto" else _TASKS[task], None)
+        loader: Any = getattr(transformers, str(name) if task == "auto" else _TASKS[task], None)
         if not hasattr(loader, "from_pretrained"):
             raise ConfigError(
                 f"its config.json names the architecture {name!r}, which transformers {transformers.__version__} does "

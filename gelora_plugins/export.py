@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import regex
+import regex  # type: ignore[import-untyped]
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -149,7 +149,7 @@ def _read_config(source: Path) -> dict[str, Any]:
             f"loaded; expected {', '.join(map(repr, PLAIN_INITS))}. Save it as plain LoRA first (save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...), see PEFT), or merge it (merge_and_unload)."
         )
-    numbers = [config.get("r"), config.get("lora_alpha")]
+    numbers: list[Any] = [config.get("r"), config.get("lora_alpha")]
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
         numbers += pattern.values() if isinstance(pattern, dict) else [pattern]

@@ -1,5 +1,7 @@
 """What a command says of an error: a user's mistake is one sentence, a fault in the program a traceback."""
 
+from typing import Any
+
 from gelora_plugins.errors import GeLoRAError
 
 # What reads users' files raises kinds of its own: a file that it cannot read is no fault of ours.
@@ -25,6 +27,6 @@ def reason(error: BaseException) -> str:
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__  # which says what; the error says that there was one (datasets 5.2)
     if type(error).__module__.startswith("pydantic"):
-        details = getattr(error, "errors", list)()  # its own text shows the whole input as well
+        details: Any = getattr(error, "errors", list)()  # its own text shows the whole input as well
         return "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in details) or str(error)
     return str(error) if isinstance(error, GeLoRAError) else f"{type(error).__name__}: {error}"

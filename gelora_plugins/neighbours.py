@@ -107,7 +107,8 @@ def _spread(points: Tensor) -> Tensor:
     would seem to coincide. A smaller share than 95 % would be the spread of the coinciding points where most coincide.
     """
     differences = points - points.median(dim=0).values
-    return torch.linalg.vector_norm(differences, dim=1, dtype=torch.float64).quantile(0.95)
+    distances: Tensor = torch.linalg.vector_norm(differences, dim=1, dtype=torch.float64)
+    return distances.quantile(0.95)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile, whose files only their owner can read: to give them the usual rights takes the umask, which no
         # process can read without changing it for its other threads.
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
         try:
             with open(temporary, "xb") as file:
                 file.write(content)

@@ -24,6 +24,12 @@ PLUGIN = "gelora_plugins.GeLoRAPlugin"
 UNSHARDED = {"deepspeed": None, "fsdp": None, "fsdp_config": None}
 
 
+class Refusal(click.ClickException):
+    """One sentence on stderr, and the exit code of `gelora` for a user's error."""
+
+    exit_code = 2
+
+
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan, for `gelora: {plan: FILE}`.")
@@ -41,9 +47,7 @@ def gelora(config: str, output: str | None) -> None:
         said = sentence(error)
         if said is None:
             raise
-        refusal = click.ClickException(printable(said))
-        refusal.exit_code = 2
-        raise refusal from error
+        raise Refusal(printable(said)) from error
     click.echo(RankReport(plan))
     if output is not None:
         plan.save(output)

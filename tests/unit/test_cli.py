@@ -129,6 +129,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "huge seed": (["probe", "{model}", "{data}", "--probe-seed", str(2**64)], "probe_seed is more than 4294967295"),
     "huge number": (["probe", "{model}", "{data}", "--probe-samples", "9" * 400], "probe_samples is more than"),
     "a folder to write to": (["plan", "{profile}", "-o", "{tmp}"], "cannot be written"),
+    "nothing to write to": (["plan", "{profile}", "-o", ""], "cannot be written"),
+    "the root to write to": (["plan", "{profile}", "-o", "/"], "cannot be written"),
+    "alpha without end": (["plan", "{profile}", "--alpha", "inf"], "lora_alpha is inf; expected positive numbers"),
+    "alpha that is none": (["plan", "{profile}", "--alpha", "nan"], "lora_alpha is nan; expected positive numbers"),
     "a file in the way": (["report", "{plan}", "-o", "{data}/report"], "cannot be written"),
     "binary profile": (["plan", "{binary}"], "is not JSON"),
     "a folder for a profile": (["plan", "{tmp}"], "cannot be read"),
@@ -180,6 +184,17 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(
     places |= {"tmp": tmp_path, "model": model, "data": data}
     said = refused(monkeypatch, capsys, *(argument.format(**places) for argument in arguments))
     assert sentence in said
+
+
+@pytest.mark.parametrize("rank", ["0", "-1", "65537", "9" * 400, "1e3", "x"])
+@pytest.mark.parametrize("command", [["plan", "profile.json"], ["probe", "model", "rows.jsonl"]])
+def test_a_rank_that_no_adapter_has_is_a_wrong_option(
+    command: list[str], rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *command, "--rank", rank)
+    assert caught.value.code == 2
+    assert "Invalidvalueforrank" in re.sub(r"\W", "", capsys.readouterr().err)  # whatever the terminal's width
 
 
 ROW = b'{"text": "word1 word2"}\n'
