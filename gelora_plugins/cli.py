@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import ConfigError, GeLoRAError, LayoutError, ProbeError
+from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
+from gelora_plugins.mistakes import reason, sentence
+from gelora_plugins.text import printable
 
 if TYPE_CHECKING:
     from gelora_plugins.dimension import DimensionProfile
@@ -26,6 +28,7 @@ app = typer.Typer(
     "none of these: add GeLoRACallback() to your Trainer and train.",
 )
 
+_MOST_RANK = 2**16  # no linear map that is trained today has a longer side
 _OPTIONS = {field.name: field for field in fields(GeLoRAConfig)}
 _TASKS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -43,14 +46,30 @@ def _default(name: str) -> Any:
     return _OPTIONS[name].default
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"gelora {version('gelora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter and the report.")] = Path(
         "gelora-demo"
     ),
     policy: Annotated[str, typer.Option(help=_help("policy"))] = _default("policy"),
-    samples: Annotated[int, typer.Option(help="Passages to measure on.")] = 512,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 10,
+    samples: Annotated[int, typer.Option(min=1, help="Passages to measure on.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10,
 ) -> None:
     """The whole method on SmolLM2-135M: measure, choose, train a few steps, save, reload. Needs no hub."""
     from gelora_plugins.demo import run
@@ -88,7 +107,10 @@ def probe(
             "forward pass for all. sensitivity.json goes beside the profile. Reads all of probe_samples.",
         ),
     ] = False,
-    rank: Annotated[int, typer.Option(help="Your own r, for --sensitivity: what the policy budget spends.")] = 8,
+    rank: Annotated[
+        int,
+        typer.Option(min=1, max=_MOST_RANK, help="Your own r, for --sensitivity: what the policy budget spends."),
+    ] = 8,
 ) -> None:
     """Measure: hidden states of DATA in MODEL -> intrinsic dimension at every block boundary."""
     config = GeLoRAConfig(
@@ -106,28 +128,29 @@ def probe(
 
     plugins.find("estimator", estimator)
     plugins.find("pooling", pooling)
-    loaded, tokenizer = _load(model, task, dtype)
     from gelora_plugins.rows import load_rows
 
-    rows = _prepared(load_rows(data, split), loaded, tokenizer, text_field, probe_max_length)
+    dataset = load_rows(data, split)  # a file that cannot be read must not cost the loading of a model
+    loaded, tokenizer = _load(model, task, dtype)
+    rows = _prepared(dataset, loaded, tokenizer, text_field, data, probe_max_length)
     profile = _probe_all(loaded, rows, config, rank, output) if sensitivity else _probe(loaded, rows, config)
     records.write_json(output, profile.to_dict())
     for note in profile.notes():
-        typer.echo(note)
+        typer.echo(printable(note))
     typer.echo(f"{profile.num_documents} documents, {profile.num_tokens} tokens, {profile.seconds:.1f} s -> {output}")
 
 
-def _prepared(dataset: Any, model: Any, tokenizer: Any, text_field: str, max_length: int) -> Any:
+def _prepared(dataset: Any, model: Any, tokenizer: Any, text_field: str, data: str, max_length: int) -> Any:
     """The rows with token ids: as TRL would train on them, where they are of a kind that it trains on."""
     from gelora_plugins.rows import TokenisedRows, are_for_trl
 
     # TRL trains causal models, and takes no tokenizer without an end of text (trl 1.16).
     writes = model.can_generate() and not model.config.is_encoder_decoder and tokenizer.eos_token is not None
     if not are_for_trl(dataset.column_names, text_field if writes else None, find_spec("trl") is not None):
-        return TokenisedRows(dataset, tokenizer, text_field)
+        return TokenisedRows(dataset, tokenizer, text_field, data)
     from gelora_plugins.integrations.trl_rows import TrlRows
 
-    rows = TrlRows(dataset, tokenizer, text_field, max_length)
+    rows = TrlRows(dataset, tokenizer, text_field, max_length, data)
     typer.echo(rows.note)
     return rows
 
@@ -158,7 +181,9 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
     policy: Annotated[str, typer.Option(help=_help("policy"))] = _default("policy"),
     rounding: Annotated[str, typer.Option(help=_help("rounding"))] = _default("rounding"),
-    rank: Annotated[int, typer.Option(help="Your own r: the budget, and what the scaling is measured by.")] = 8,
+    rank: Annotated[
+        int, typer.Option(min=1, max=_MOST_RANK, help="Your own r: the budget, and what the scaling is measured by.")
+    ] = 8,
     alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
     rslora: Annotated[bool, typer.Option(help="Rank-stabilised LoRA: scaling is alpha / sqrt(r).")] = False,
     target_modules: Annotated[
@@ -330,11 +355,11 @@ def _show(plan: Any) -> None:
 
 
 def _print(table: Any, lines: list[str]) -> None:
-    from rich.console import Console
+    from gelora_plugins.report import render
 
-    Console().print(table, "")
+    typer.echo(render(table))
     for line in lines:
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 def _load(model: str, task: str, dtype: str) -> tuple[Any, Any]:
@@ -348,19 +373,27 @@ def _load(model: str, task: str, dtype: str) -> tuple[Any, Any]:
         raise ConfigError(f"--dtype is {dtype!r}; expected auto, float32, bfloat16 or float16.")
     try:
         config = transformers.AutoConfig.from_pretrained(model)
-        architectures = getattr(config, "architectures", None) or ["AutoModel"]
-        loader = getattr(transformers, architectures[0] if task == "auto" else _TASKS[task])
+        (name, *_) = getattr(config, "architectures", None) or ["AutoModel"]
+        loader: Any = getattr(transformers, str(name) if task == "auto" else _TASKS[task], None)
+        if not hasattr(loader, "from_pretrained"):
+            raise ConfigError(
+                f"its config.json names the architecture {name!r}, which transformers {transformers.__version__} does "
+                f"not have. Say which head it is to be trained with: --task {', '.join(_TASKS)}."
+            )
         return loader.from_pretrained(model, dtype=dtype), transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ProbeError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a folder of files that anybody may have written
+        raise ProbeError(f"{model} cannot be loaded: {reason(error)}") from error
 
 
 def main() -> None:
     """Run the command; a user's error is one sentence on stderr and exit code 2."""
     try:
         app()
-    except GeLoRAError as error:
-        typer.echo(f"gelora: {error}", err=True)
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        typer.echo(f"gelora: {printable(said)}", err=True)
         sys.exit(2)
 
 

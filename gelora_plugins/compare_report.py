@@ -14,6 +14,7 @@ from gelora_plugins.compare_methods import GRID
 from gelora_plugins.compare_results import Contrast, Gap, Result, contrasts_of, read_task
 from gelora_plugins.compare_stats import NOT_TOLD
 from gelora_plugins.errors import PlanError
+from gelora_plugins.text import markdown
 
 WORDS = ("better", "worse", "equal", NOT_TOLD)  # what a verdict begins with
 CAVEAT = (
@@ -126,12 +127,12 @@ class Comparison:
         for experiment in self.experiments:
             task, settings, rows = experiment["task"], experiment["settings"], _train_rows(experiment)
             parts.append(
-                f"## {task['name']}: {task['metric']}\n\n{experiment['model']}, {rows} training rows, "
-                f"{task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, rates "
+                f"## {markdown(task['name'])}: {task['metric']}\n\n{markdown(experiment['model'])}, {rows} training "
+                f"rows, {task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, rates "
                 f"{', '.join(f'{rate:g}' for rate in settings['rates'])}.\n"
             )
             parts.append(self.table(task["name"]))
-        return "\n".join([*parts, *(f"- {line}" for line in self.lines())]) + "\n"
+        return "\n".join([*parts, *(f"- {markdown(line)}" for line in self.lines())]) + "\n"
 
     def table(self, task: str) -> str:
         """The results of a task as a Markdown table; methods at equal parameters stand together."""
@@ -141,7 +142,7 @@ class Comparison:
             single = result.method == result.row or result.row.startswith(GRID)
             rows.append(
                 (
-                    result.row if single else f"{result.row}: {result.method}",
+                    markdown(result.row if single else f"{result.row}: {result.method}"),
                     f"{result.parameters:,.0f}",
                     f"{result.mean:.4g}" + (f" ± {result.half_width:.2g}" if result.half_width is not None else ""),
                     "" if result.share_of_best is None else f"{result.share_of_best:.1%}",

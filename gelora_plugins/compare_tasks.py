@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gelora_plugins import records
 from gelora_plugins.errors import ConfigError, ProbeError
-from gelora_plugins.rows import load_rows
+from gelora_plugins.rows import load_rows, row_of, text_of
 
 IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index
 METRICS = {  # the first is the default
@@ -124,13 +125,57 @@ def load_task(
         data: training rows, as `gelora probe` takes them.
         test: test rows; without, a fifth of `data`, drawn with seed 0.
         train_rows, test_rows: how many to keep, drawn with seed 0; all where None.
+
+    Raises:
+        ConfigError: see `Task`.
+        ProbeError: a file cannot be read, or a row cannot be used; both are named.
     """
-    rows = list(load_rows(data, "train"))
+    rows = _read(data, "train", kind)
     if test is None:
         rows, held_out = split_fifth(rows)
     else:
-        held_out = list(load_rows(test, "test"))
+        held_out = _read(test, "test", kind)
+    kinds = sorted({type(row.get("label")).__name__ for row in (*rows, *held_out)})
+    if kind == "classification" and len(kinds) > 1:
+        raise ProbeError(
+            f"The labels of {data}{f' and {test}' if test else ''} are {' and '.join(kinds)}; expected one."
+        )
     return Task(name, kind, _sample(rows, train_rows), _sample(held_out, test_rows), metric, max_length)
+
+
+def _read(data: str, split: str, kind: str) -> list[Any]:
+    dataset = load_rows(data, split)
+    rows: list[Any] = []
+    for i in range(len(dataset)):
+        with row_of(data, i + 1):
+            row = dataset[i]
+            _check(row, kind)
+            rows.append(row)
+    return rows
+
+
+def _check(row: Row, kind: str) -> None:
+    """Raises ProbeError unless `row` has what is trained on, for a known kind of task."""
+    if kind == "causal-lm" and "completion" in row:
+        fields = ["prompt", "completion"]
+    elif "input_ids" in row:
+        fields = []
+    else:
+        fields = ["text_a", "text_b"] if "text_a" in row and "text_b" in row else ["text"]
+    for name in fields:
+        if name not in row:
+            raise ProbeError(
+                f"it has the fields {', '.join(row)}; expected text, text_a and text_b, prompt and completion, or "
+                "input_ids."
+            )
+        text_of(row, name)
+    label = row.get("label")
+    if kind == "classification" and not isinstance(label, (int, str)):
+        raise ProbeError(f"label is {label!r:.80}; expected a whole number or text for {kind}.")
+    if kind == "regression":
+        numbers = label if isinstance(label, list) and label else [label]
+        if not all(records.is_number(number) for number in numbers):
+            raise ProbeError(f"label is {label!r:.80}; expected a finite number, or a list of them, for {kind}.")
 
 
 def split_fifth(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -24,6 +24,7 @@ from gelora_plugins.storage import FeatureStore, own_pages
 
 logger = logging.getLogger(__name__)
 
+_TEXT = {"input_ids", "attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask"}
 Pooling = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -149,7 +150,10 @@ def reading(
     recorder = _Recorder(layout, pooling)
 
     def read(batch: Batch) -> tuple[list[Tensor], int]:
-        inputs = {name: value.to(device) for name, value in with_decoder_inputs(root, batch).items()}
+        batch = with_decoder_inputs(root, batch)
+        if batch.keys() <= _TEXT:  # a model that reads images as well replaces the ids that stand for them
+            _check_ids(root, batch)
+        inputs = {name: value.to(device) for name, value in batch.items()}
         arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name in accepted}
         arguments.pop("labels", None)  # a model that is its own backbone, T5 with its head, would make a loss
         if not arguments:
@@ -217,6 +221,26 @@ def with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
         )
     # Models fill ignored labels with the padding token themselves.
     return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
+
+
+def _check_ids(model: Any, batch: Batch) -> None:
+    """Raises ProbeError where a token id has no embedding: on a GPU that ends the process, on a CPU it names no id."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return
+    count = getattr(embeddings, "num_embeddings", None)
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = batch.get(name)
+        if ids is None or not isinstance(count, int):
+            continue
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            raise ProbeError(
+                f"{name} has the token {low if low < 0 else high}, and the model's vocabulary the tokens 0 to "
+                f"{count - 1}. Use the tokenizer that belongs to the model, or resize the model's embeddings for the "
+                "tokens that were added (resize_token_embeddings)."
+            )
 
 
 def _masks(inputs: Batch, layout: ModelLayout) -> list[Tensor | None]:

@@ -180,7 +180,7 @@ def _beside_tokens(row: Any, collator: Collator | None, accepted: Container[str]
 def _documents(row: Mapping[str, Any], max_length: int, seq2seq: bool) -> Iterator[tuple[tuple[int, ...], ...]]:
     """The documents of one row, each as its fields: token ids, then labels or token types (may be empty)."""
     ids = _ints(row, "input_ids")
-    mask = _ints(row, "attention_mask") or [1] * len(ids)
+    mask = _each(row, "attention_mask", ids) or [1] * len(ids)
     if seq2seq:
         labels = [label for label in _ints(row, "labels") if label != IGNORED_LABEL]
         if not labels:
@@ -191,24 +191,34 @@ def _documents(row: Mapping[str, Any], max_length: int, seq2seq: bool) -> Iterat
         real = [token for token, kept in zip(ids, mask, strict=True) if kept]
         yield tuple(real[:max_length]), tuple(labels[:max_length])
         return
-    types = _ints(row, "token_type_ids")
+    types = _each(row, "token_type_ids", ids)
     start = 0
-    for length in _lengths(row, len(ids)):
+    for length in _lengths(row, ids):
         places = [i for i in range(start, start + length) if mask[i]][:max_length]
         start += length
         if places:
             yield tuple(ids[i] for i in places), tuple(types[i] for i in places) if any(types) else ()
 
 
-def _lengths(row: Mapping[str, Any], total: int) -> list[int]:
+def _lengths(row: Mapping[str, Any], ids: list[int]) -> list[int]:
     """The lengths of the documents of a row: TRL's packed rows say them, others count positions from 0 again."""
-    lengths = _ints(row, "seq_lengths")
+    lengths, total = _ints(row, "seq_lengths"), len(ids)
+    if lengths and sum(lengths) != total:
+        raise ProbeError(f"A row has {total} input_ids and seq_lengths of {sum(lengths)}; expected the same.")
     if lengths or "position_ids" not in row:
         return lengths or [total]
-    starts = [i for i, position in enumerate(_ints(row, "position_ids")) if position == 0]
+    starts = [i for i, position in enumerate(_each(row, "position_ids", ids)) if position == 0]
     if starts[:1] != [0]:
         return [total]
     return [stop - start for start, stop in zip(starts, [*starts[1:], total], strict=True)]
+
+
+def _each(row: Mapping[str, Any], name: str, ids: list[int]) -> list[int]:
+    """The numbers of a column that has one for each token; none where it is not there."""
+    values = _ints(row, name)
+    if values and len(values) != len(ids):
+        raise ProbeError(f"A row has {len(ids)} input_ids and {len(values)} of {name}; expected one for each token.")
+    return values
 
 
 def _ints(row: Mapping[str, Any], name: str) -> list[int]:

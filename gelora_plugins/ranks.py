@@ -76,7 +76,7 @@ class RankPlan:
                 raise PlanError(f"One rank of {site.name} costs {site.parameters_per_rank} parameters; expected some.")
         if len({site.name for site in self.sites}) != len(self.sites):
             raise PlanError("Two sites of a plan have the same name.")
-        if self.base_rank < 1 or not self.lora_alpha > 0:
+        if self.base_rank < 1 or not (records.is_number(self.lora_alpha) and self.lora_alpha > 0):
             raise PlanError(f"r is {self.base_rank} and lora_alpha is {self.lora_alpha}; expected positive numbers.")
         blocks = {block.name for block in self.profile.layout.blocks}
         unknown = [site.name for site in self.sites if site.name not in blocks]

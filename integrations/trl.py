@@ -14,6 +14,7 @@ from trl.scripts.utils import DatasetConfig
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, GeLoRAError, ProbeError
+from gelora_plugins.mistakes import reason
 
 from .transformers import GeLoRACallback, prepare_trainer
 
@@ -107,7 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         GeLoRAError: an option cannot be used, or no ranks can be chosen.
     """
     parser = TrlParser([*sft.make_parser().dataclass_types, GeLoRAConfig], prog="gelora sft")
-    script_args, training_args, model_args, dataset_args, config = parser.parse_args_and_config(argv)
+    try:
+        script_args, training_args, model_args, dataset_args, config = parser.parse_args_and_config(argv)
+    except GeLoRAError:
+        raise
+    except Exception as error:  # of the file, of YAML, of TRL's own checks
+        raise ConfigError(f"The arguments, or the file of --config, cannot be used: {reason(error)}") from error
     if not model_args.use_peft:
         raise ConfigError("GeLoRA chooses the ranks of a LoRA adapter, and there will be none. Add --use_peft.")
     name = script_args.dataset_name

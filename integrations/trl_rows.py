@@ -12,6 +12,7 @@ import trl
 from trl.data_utils import is_conversational
 
 from gelora_plugins.errors import ProbeError
+from gelora_plugins.mistakes import reason
 from gelora_plugins.probe_set import MEDIA
 
 # Stanford Alpaca's prompt, for tokenizers without a chat template.
@@ -31,6 +32,7 @@ class TrlRows:
         dataset: a `datasets.Dataset`.
         text_field: the column of plain text.
         max_length: tokens of a document that will be read; TRL's own limit is raised to it.
+        data: name of the dataset, for messages.
 
     Attributes:
         note: how the rows are read, in a sentence.
@@ -39,7 +41,7 @@ class TrlRows:
         ProbeError: rows with images or the like, or with several completions. When rows are read: TRL cannot.
     """
 
-    def __init__(self, dataset: Any, tokenizer: Any, text_field: str, max_length: int) -> None:
+    def __init__(self, dataset: Any, tokenizer: Any, text_field: str, max_length: int, data: str = "the data") -> None:
         columns = set(dataset.column_names)
         if media := sorted(columns & MEDIA):
             raise ProbeError(
@@ -55,6 +57,7 @@ class TrlRows:
         self.tokenizer = tokenizer
         self.text_field = text_field
         self.max_length = max_length
+        self.data = data
         self.trainer = _reader(columns)
         self.note = f"Rows are prepared as the {self.trainer} of trl {trl.__version__} does by default."
         self.is_alpaca = self.trainer == "SFTTrainer" and {"instruction", "output"} <= columns
@@ -76,9 +79,12 @@ class TrlRows:
                 parts = (row.get(name, ()) for name in ("prompt_ids", "chosen_ids", "completion_ids"))
                 yield {"input_ids": row["input_ids"] if "input_ids" in row else [*chain(*parts)]}
         except Exception as error:
+            if len(indices) > 1:  # the stream does not say which of them it was
+                for i in indices:
+                    list(self.rows_at([i]))
             raise ProbeError(
-                f"The {self.trainer} of trl {trl.__version__} cannot prepare rows with the fields "
-                f"{', '.join(self.dataset.column_names)}: {type(error).__name__}: {error}. Expected a format of "
+                f"Row {indices[0] + 1} of {self.data}: the {self.trainer} of trl {trl.__version__} cannot prepare rows "
+                f"with the fields {', '.join(self.dataset.column_names)}: {reason(error)}. Expected a format of "
                 "TRL's (text, messages, prompt and completion, chosen and rejected, or prompt), or input_ids."
             ) from error
 

@@ -432,3 +432,24 @@ def test_an_encoder_decoder_without_labels_is_an_error(row):
 def test_a_class_in_place_of_labels_is_an_error_for_an_encoder_decoder():
     with pytest.raises(ProbeError, match=r"^labels of a row is 1; expected a list of whole numbers\.$"):
         choose([{"input_ids": [5], "labels": 1}], SEQ2SEQ)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("attention_mask", [1, 1], "3 input_ids and 2 of attention_mask; expected one for each token"),
+        ("attention_mask", [1, 1, 1, 1], "3 input_ids and 4 of attention_mask"),
+        ("token_type_ids", [0, 1], "3 input_ids and 2 of token_type_ids"),
+        ("position_ids", [0, 1, 0, 1], "3 input_ids and 4 of position_ids"),
+        ("seq_lengths", [2, 2], "3 input_ids and seq_lengths of 4; expected the same"),
+        ("seq_lengths", [2], "3 input_ids and seq_lengths of 2; expected the same"),
+    ],
+)
+def test_columns_that_do_not_fit_the_token_ids_are_an_error(column, values, said):
+    with pytest.raises(ProbeError, match=said):
+        choose([{"input_ids": [1, 2, 3], column: values}])
+
+
+def test_a_mask_that_does_not_fit_is_an_error_for_an_encoder_decoder():
+    with pytest.raises(ProbeError, match="3 input_ids and 2 of attention_mask"):
+        choose([{"input_ids": [1, 2, 3], "labels": [1, 2], "attention_mask": [1, 1]}], SEQ2SEQ)
