@@ -12,17 +12,17 @@ import pytest
 import torch
 import typer
 import yaml
-from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from gelora_plugins.integrations.axolotl_cli import gelora as axolotl_gelora
 from peft import PeftConfig
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch.distributed.run import parse_args as torchrun_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 from trl import SFTConfig, TrlParser
 from trl.scripts import sft
 
 import gelora_plugins
-from gelora_plugins import GeLoRAConfig, RankPlan
+from gelora_plugins import GeLoRAConfig, RankPlan, report
 from gelora_plugins.cli import app
 from gelora_plugins.demo import MODEL
 from tests.readme_parts import PAGES, ROOT
@@ -54,6 +54,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.save_pretrained(tmp_path / MODEL)
     build("llama").save_pretrained(tmp_path / MODEL)
     monkeypatch.setattr(topics, "topics", dict(islice(topics.topics.items(), 16)))  # a tenth, but of single letters
+    monkeypatch.setattr(report, "draw", lambda *args: None)  # half the time of an example
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -106,8 +107,8 @@ def check_command(words: list[str]) -> None:
         case ["pip", "install", place]:
             extras = place.removeprefix(".").strip("[]").split(",")
             assert set(filter(None, extras)) <= PYPROJECT["project"]["optional-dependencies"].keys()
-        case ["accelerate", "launch", *rest]:
-            launched = launch_command_parser().parse_args(rest)
+        case ["torchrun", *rest]:
+            launched = torchrun_arguments(rest)
             assert launched.training_script == "$(which gelora)"
             check_command(["gelora", *launched.training_script_args])
         case ["axolotl", "gelora", *rest]:
