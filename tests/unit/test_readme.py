@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import gelora_plugins
+from gelora_plugins import GeLoRAConfig
 from tests.readme_parts import PAGES, PARTS, PLACE, ROOT, with_parts
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +22,13 @@ def relative_links(markdown: str) -> list[str]:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
+
+
+def test_the_defaults_in_the_readme_are_the_defaults() -> None:
+    shown = re.findall(r"^\| `(\w+)` \| (?:`(\w+)` )?\|", README, re.MULTILINE)
+    defaults = {name: "" if value is None else str(value) for name, value in GeLoRAConfig().to_dict().items()}
+    assert len(shown) == 5
+    assert [(name, default) for name, default in shown if defaults[name] != default] == []
 
 
 @each_page
