@@ -1,4 +1,4 @@
-"""The README's parts that are made from recorded comparisons, for `tests.readme_parts`."""
+"""The parts of docs/ that are made from recorded comparisons, for `tests.readme_parts`."""
 
 import json
 import statistics
