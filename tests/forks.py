@@ -14,17 +14,9 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-PRELOADED = [
-    "tests.faults.runs",
-    "tests.groups",
-    "transformers.models.llama.modeling_llama",  # imported where they are first used
-    "matplotlib.backends.backend_agg",
-    "rich.console",
-    "rich.table",
-]
 HANGS = 900  # seconds; nothing here takes a tenth of it, and gloo gives up after 1800
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(PRELOADED)
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def start(function: Callable[..., None], *arguments: Any, log: Path, **environment: str) -> ForkServerProcess:

@@ -27,8 +27,6 @@ PHASES = {
     "steps": Trainer.training_step,
     "checkpoint": Trainer._save_checkpoint,
 }
-
-
 FUNCTIONS = {function.__code__: name for name, function in PHASES.items()}
 # Where a phase has another name than its function, the function and which of its calls it is.
 CALLS = {"first checkpoint": ("checkpoint", 0), "second checkpoint": ("checkpoint", 1)}
