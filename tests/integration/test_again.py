@@ -102,7 +102,10 @@ def test_the_state_of_callbacks_is_restored_beside_ours(tmp_path: Path) -> None:
 
 
 def search(tmp_path: Path, trials: int, model_init: Callable[..., nn.Module]) -> tuple[Trainer, list[list[int]]]:
-    """A search by optuna over the learning rate, and the ranks of each trial's model as it trained."""
+    """A search by optuna over the learning rate, and the ranks of each trial's model as it trained.
+
+    Which trial is best is no matter here.
+    """
     trained: list[list[int]] = []
 
     class Ranks(TrainerCallback):
