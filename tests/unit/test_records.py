@@ -338,7 +338,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(path=st.sampled_from(list(leaves(as_json(PLAN)))), value=values)
 def test_a_plan_with_any_one_value_changed_is_read_as_it_stands_or_refused(path, value):
     data = changed(path, value)
