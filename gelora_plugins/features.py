@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
 from gelora_plugins.inputs import backbone_inputs, fit_mask, token_masks
-from gelora_plugins.layout import HOW_TO_REGISTER, ModelLayout, unwrap
+from gelora_plugins.layout import HOW_TO_REGISTER, OWN_RANKS, ModelLayout, unwrap
 from gelora_plugins.probe_set import Batch, ProbeSet
 from gelora_plugins.processes import ALONE, Processes
 from gelora_plugins.storage import FeatureStore, own_pages
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 Pooling = Callable[[Tensor, Tensor], Tensor]
 
-NO_PLAN = (
+NOT_TOKENS = (
     "GeLoRA cannot measure blocks that pass on anything else than one vector for each token of the inputs, in their "
-    'order. Train this model with ranks of your own: on_failure="keep" takes those of the LoRA configuration.'
+    f"order. {OWN_RANKS.removeprefix('Or ').capitalize()}"
 )
 
 
@@ -236,7 +236,7 @@ class _Recorder:
             expected = f" with documents and tokens {tuple(mask.shape)}" if mask is not None else ""
             raise ProbeError(
                 f"The hidden state at boundary {boundary} is {shape or type(hidden).__name__}; expected (documents, "
-                f"tokens, features){expected}. {NO_PLAN}"
+                f"tokens, features){expected}. {NOT_TOKENS}"
             )
         if self.seen[boundary]:
             raise LayoutError(

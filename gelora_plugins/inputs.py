@@ -31,6 +31,8 @@ def backbone_inputs(root: nn.Module, backbone: nn.Module, batch: Batch) -> dict[
         raise ProbeError(f"input_ids of a batch are {tuple(given['input_ids'].shape)}. {SEQUENCES_IN_A_ROW}")
     if "decoder_input_ids" in accepted and "decoder_input_ids" not in given:
         given |= _decoder_inputs(root, backbone, batch)
+    elif "global_attention_mask" in accepted.keys() - given.keys() and backbone is not root:
+        given |= _arguments(root, backbone, batch)  # Longformer's heads say which tokens attend to all
     if "use_cache" in accepted:
         given["use_cache"] = False
     return given
@@ -51,8 +53,8 @@ def _decoder_inputs(root: nn.Module, backbone: nn.Module, batch: Batch) -> dict[
         made = {"decoder_input_ids": shift(labels=batch["labels"])} if shift else _arguments(root, backbone, batch)
     except (AttributeError, ValueError) as error:
         raise ProbeError(
-            f"{type(root).__name__} cannot make its decoder's inputs of the labels: {error} Set decoder_start_token_id "
-            "and pad_token_id in its configuration, as for training."
+            f"{type(root).__name__} cannot make its decoder's inputs: {str(error).rstrip('.')}. Set "
+            "decoder_start_token_id and pad_token_id in its configuration, as for training."
         ) from error
     ids, labels = made.get("decoder_input_ids"), batch.get("labels")
     if "decoder_attention_mask" in batch:

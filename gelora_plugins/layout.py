@@ -13,9 +13,10 @@ from gelora_plugins.errors import LayoutError, PlanError
 if TYPE_CHECKING:
     from torch import nn
 
+OWN_RANKS = 'Or train with ranks of your own: on_failure="keep" takes those of the LoRA configuration.'
 HOW_TO_REGISTER = (
     "Write a plugin with a `find_model_layout(model)` hook that returns a ModelLayout for it "
-    "(see examples/plugin), and install it."
+    f"(see examples/plugin), and install it. {OWN_RANKS}"
 )
 SHARED_COUNT = re.compile(r"(num_)?(en|de)coder_.*layers")
 

@@ -38,7 +38,8 @@ def config_sites(model: nn.Module, layout: ModelLayout, config: LoraConfig) -> t
             LoraModel(empty, {"default": plain}, "default", low_cpu_mem_usage=True)
     except Exception as error:
         raise LayoutError(
-            f"PEFT does not take this LoRA configuration for {type(model).__name__}: {error} Name other "
+            f"PEFT does not take this LoRA configuration for {type(model).__name__}: "
+            f"{' '.join(str(error).split())} Name other "
             'target_modules, or leave modules out with exclude_modules=["..."].'
         ) from error
     finally:
