@@ -13,13 +13,14 @@ from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.features import accepted_inputs, leaving_no_trace, read_documents
+from gelora_plugins.features import leaving_no_trace, read_documents
+from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import ModelLayout, unwrap
-from gelora_plugins.lora_config import config_sites
 from gelora_plugins.policies import check_dimensions, make_plan
 from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
 from gelora_plugins.processes import ALONE, Processes
 from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.rehearsal import config_sites
 from gelora_plugins.storage import FeatureStore
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def select_ranks(
             lora_config, sites = adapter.config, adapter.sites(layout)
         else:
             lora_config = lora_config or _default_lora_config()
-            sites = config_sites(layout, lora_config)
+            sites = config_sites(model, layout, lora_config)
     r, lora_alpha, use_rslora = lora_config.r, lora_config.lora_alpha, lora_config.use_rslora
     if config.plan is not None:
         return processes.decide(partial(_load_plan, config.plan, sites, r, lora_alpha, use_rslora))

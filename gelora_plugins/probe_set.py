@@ -32,6 +32,12 @@ _BESIDE_TOKENS = {  # columns of tokenisers, TRL and Axolotl that no backbone re
 }
 IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index, which every framework here pads labels with
 
+SEQUENCES_IN_A_ROW = (
+    "GeLoRA measures one sequence a row, and multiple choice has several. Choose the ranks before training, from a row "
+    "for each sequence: plan = select_ranks(model, [{'input_ids': ids} for row in rows for ids in row['input_ids']], "
+    "lora_config=config); plan.save('plan.json'); then train with GeLoRACallback(plan='plan.json')."
+)
+
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -182,8 +188,10 @@ def _documents(row: Mapping[str, Any], max_length: int, seq2seq: bool) -> Iterat
     ids = _ints(row, "input_ids")
     mask = _each(row, "attention_mask", ids) or [1] * len(ids)
     if seq2seq:
-        labels = [label for label in _ints(row, "labels") if label != IGNORED_LABEL]
-        if not labels:
+        # A class, or no label: what the decoder reads, if anything, is the model's to know.
+        classifies = not hasattr(row.get("labels"), "__len__") or getattr(row["labels"], "shape", None) == ()
+        labels = [] if classifies else [label for label in _ints(row, "labels") if label != IGNORED_LABEL]
+        if not (labels or classifies):
             raise ProbeError(
                 f"A row has the fields {', '.join(row)}; expected labels with at least one token, because the "
                 "decoder of an encoder-decoder model reads them."
@@ -228,7 +236,11 @@ def _ints(row: Mapping[str, Any], name: str) -> list[int]:
     try:
         return [operator.index(entry) for entry in (value.tolist() if hasattr(value, "tolist") else value)]
     except TypeError as error:
-        raise ProbeError(f"{name} of a row is {value!r:.80}; expected a list of whole numbers.") from error
+        nested = isinstance(value, (list, tuple)) and isinstance(value[0], (list, tuple))
+        raise ProbeError(
+            f"{name} of a row is {value!r:.80}; expected a list of whole numbers."
+            + (f" {SEQUENCES_IN_A_ROW}" if nested else "")
+        ) from error
 
 
 def _pad(documents: Sequence[tuple[tuple[int, ...], ...]], fields: Sequence[str], pad: int) -> Batch:

@@ -18,7 +18,8 @@ from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import ROUNDINGS, GeLoRAConfig
 from gelora_plugins.dimension import DimensionProfile
 from gelora_plugins.errors import GeLoRAError, ProbeError
-from gelora_plugins.features import Pooling, accepted_inputs, leaving_no_trace, read_documents
+from gelora_plugins.features import Pooling, leaving_no_trace, read_documents
+from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import unwrap
 from gelora_plugins.pipeline import find_layout
 from gelora_plugins.policies import check_dimensions

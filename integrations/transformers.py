@@ -232,7 +232,7 @@ class RankSelection:
         trainer = self.trainer
         processes = Processes.all() if trainer.args.world_size > 1 else ALONE
         with processes.together():
-            collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+            collator = _collator(trainer)
             documents = _documents(trainer, collator) if self.config.plan is None else None
         return select_ranks(
             trainer.model,
@@ -311,9 +311,23 @@ class RankSelection:
         return resume_from_checkpoint
 
 
+def _is_of_trl(trainer: Trainer) -> bool:
+    return any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
+
+
+def _collator(trainer: Trainer) -> Any:
+    """What makes a batch of the training rows; a pair with images, which TRL's DPO trainer takes, counts once."""
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    if _is_of_trl(trainer):
+        from .trl import first_of_each_pair
+
+        return first_of_each_pair(collator)
+    return collator
+
+
 def _documents(trainer: Trainer, collator: Any) -> Any:
     """The training rows; those of TRL's preference trainers have no `input_ids` yet."""
-    if any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
+    if _is_of_trl(trainer):
         from .trl import documents
 
         return documents(trainer, collator)
