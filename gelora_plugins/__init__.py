@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from gelora_plugins.integrations.transformers import GeLoRACallback, prepare_trainer
     from gelora_plugins.integrations.trl import GeLoRASFTTrainer
     from gelora_plugins.layout import Block, Linear, ModelLayout
-    from gelora_plugins.lora_config import with_plan
     from gelora_plugins.pipeline import measure, select_ranks
+    from gelora_plugins.plan_check import check_plan, with_plan
     from gelora_plugins.ranks import RankPlan, Site
     from gelora_plugins.report import RankReport
 
@@ -35,11 +35,12 @@ _HOME = {
     "RankReport": "report",
     "Site": "ranks",
     "apply_plan": "adapter",
+    "check_plan": "plan_check",
     "hookimpl": "hookspecs",
     "measure": "pipeline",
     "prepare_trainer": "integrations.transformers",
     "select_ranks": "pipeline",
-    "with_plan": "lora_config",
+    "with_plan": "plan_check",
 }
 _NEEDS = {"GeLoRAPlugin": "axolotl", "GeLoRASFTTrainer": "trl"}  # frameworks that the package does without
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "RankReport",
     "Site",
     "apply_plan",
+    "check_plan",
     "hookimpl",
     "measure",
     "prepare_trainer",

@@ -20,7 +20,7 @@ from gelora_plugins.compare_runs import digest
 from gelora_plugins.compare_tasks import Collator, Task, encode
 from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
 from gelora_plugins.layout import Linear, ModelLayout
-from gelora_plugins.pipeline import find_layout
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.ranks import Site, layout_sites
 from gelora_plugins.report import versions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import LayoutError, ProbeError
+from gelora_plugins.errors import LayoutError, ProbeError, blaming
 from gelora_plugins.inputs import backbone_inputs, fit_mask, token_masks
 from gelora_plugins.layout import HOW_TO_REGISTER, OWN_RANKS, ModelLayout, unwrap
 from gelora_plugins.probe_set import Batch, ProbeSet
@@ -26,6 +26,12 @@ logger = logging.getLogger(__name__)
 
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask"}
 Pooling = Callable[[Tensor, Tensor], Tensor]
+Autocast = Callable[[], AbstractContextManager[Any]]
+HOW_TO_MEASURE = (
+    "GeLoRA calls the model without its head, with what the batch holds and without labels. If training gives it more, "
+    "such as in a compute_loss of your own, give the model that as its default, or make a plan from rows that it takes "
+    "and pass plan=..."
+)
 
 NOT_TOKENS = (
     "GeLoRA cannot measure blocks that pass on anything else than one vector for each token of the inputs, in their "
@@ -70,6 +76,7 @@ def read_documents(
     stop: int | None = None,
     processes: Processes = ALONE,
     progress: bool = True,
+    autocast: Autocast = nullcontext,
 ) -> int:
     """`collect_features` of the documents that `store` lacks, up to number `stop`.
 
@@ -98,7 +105,7 @@ def read_documents(
         batches = probe_set.batches(batch_size, start, stop)
         total = -(-len(probe_set.documents[start:stop]) // batch_size)
         with tqdm(batches, total=total, desc="GeLoRA probe", unit="batch", disable=not progress) as bar:
-            return collect_features(model, layout, bar, pooling, store, processes)
+            return collect_features(model, layout, bar, pooling, store, processes, autocast)
 
     return int(read())
 
@@ -110,6 +117,7 @@ def collect_features(
     pooling: Pooling,
     store: FeatureStore,
     processes: Processes = ALONE,
+    autocast: Autocast = nullcontext,
 ) -> int:
     """Run `batches` through the backbone of `model`, pool what enters and leaves every block, and append it to `store`.
 
@@ -118,6 +126,7 @@ def collect_features(
         batches: inputs of the backbone; those it does not take (labels, say) are left out.
         pooling: (hidden (documents, tokens, features), mask (documents, tokens)) -> (documents, features).
         processes: those that share the batches out among them. The first one's `batches` and `store` count.
+        autocast: what the forward passes run under, as they do in training.
 
     Returns:
         How many real tokens went through the backbone.
@@ -128,7 +137,7 @@ def collect_features(
         LayoutError: a block was not called, or more than once, in a forward pass.
     """
     num_tokens = 0
-    with reading(model, layout, pooling) as read:
+    with reading(model, layout, pooling, autocast) as read:
         for batch in processes.share(batches):
             with processes.together():
                 mine = None if batch is None else read(batch)
@@ -142,11 +151,11 @@ def collect_features(
 
 @contextmanager
 def reading(
-    model: nn.Module, layout: ModelLayout, pooling: Pooling
+    model: nn.Module, layout: ModelLayout, pooling: Pooling, autocast: Autocast = nullcontext
 ) -> Iterator[Callable[[Batch], tuple[list[Tensor], int]]]:
     """A function that gives the points of a batch, (documents, features) for each boundary, and its real tokens.
 
-    The points are overwritten by those of the next batch.
+    The points are overwritten by those of the next batch. The forward pass runs under `autocast`; the pooling does not.
     """
     root = unwrap(model)
     backbone = root.get_submodule(layout.backbone)
@@ -154,12 +163,18 @@ def reading(
     recorder = _Recorder(backbone, layout, pooling)
 
     def read(batch: Batch) -> tuple[list[Tensor], int]:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+        with blaming(f"The forward pass of {type(backbone).__name__} with {shapes or 'no tensors'}", HOW_TO_MEASURE):
+            return forward(batch)
+
+    def forward(batch: Batch) -> tuple[list[Tensor], int]:
         inputs = {name: value.to(device) for name, value in batch.items()}
         arguments = backbone_inputs(root, backbone, inputs)
         if inputs.keys() <= _TEXT:  # a model that reads images as well replaces the ids that stand for them
             _check_ids(root, arguments)
         recorder.begin_batch(token_masks({**inputs, **arguments}, len(layout.stacks)))
-        backbone(**arguments)
+        with autocast():
+            backbone(**arguments)
         return recorder.end_batch()
 
     with ExitStack() as stack:
@@ -266,7 +281,8 @@ class _Recorder:
                 f"Boundary {boundary} was passed twice in one forward pass: blocks that are shared between layers "
                 f"have no rank of their own. {HOW_TO_REGISTER}"
             )
-        points = self.pooling(hidden, mask.to(hidden.device)).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            points = self.pooling(hidden, mask.to(hidden.device)).float()
         if points.dim() != 2 or len(points) != len(mask):
             raise ProbeError(
                 f"The pooling made points of shape {tuple(points.shape)} of {len(mask)} documents; expected "

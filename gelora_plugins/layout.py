@@ -188,4 +188,5 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model that the user loaded: what PEFT's wrapper holds, or the model itself."""
     from peft import PeftModel
 
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) holds
     return model.get_base_model() if isinstance(model, PeftModel) else model

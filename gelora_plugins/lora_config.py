@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 from peft import LoraConfig
@@ -28,6 +28,9 @@ NEEDS_DATA = {
 }
 # The projections that transformers 5 fuses, by the names that PEFT's `target_modules` still may have for them.
 EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# Attribute of a LoraConfig that a plan was written into: the patterns that it had before, which are the user's. Not a
+# field, so PEFT saves nothing of it.
+OWN_PATTERNS = "_patterns_before_gelora"
 
 
 def matches_pattern(config: LoraConfig, name: str) -> bool:
@@ -66,12 +69,13 @@ def _becomes_fused(model_type: str, config: LoraConfig) -> bool:
     return bool(probe.target_parameters)
 
 
-def with_plan(config: LoraConfig, plan: RankPlan) -> LoraConfig:
+def planned_config(config: LoraConfig, plan: RankPlan) -> LoraConfig:
     """A copy of `config` with the ranks of `plan`; modules that the user's own patterns name stay the user's.
 
     Raises:
         PlanError: the plan keeps another scaling than `config` has, or has ranks that `config` cannot take.
     """
+    config = users_config(config)
     blocks = {block.name: [linear.name for linear in block.linears] for block in plan.profile.layout.blocks}
     odd = [site.name for site, rank in zip(plan.sites, plan.ranks, strict=True) if rank % 2]
     if config.init_lora_weights == "orthogonal" and odd:
@@ -83,7 +87,7 @@ def with_plan(config: LoraConfig, plan: RankPlan) -> LoraConfig:
 
 
 def with_patterns(config: LoraConfig, plan: RankPlan, modules: Mapping[str, list[str]]) -> LoraConfig:
-    """`with_plan`, for the modules of each block.
+    """`planned_config`, for the modules of each block.
 
     Where a block has modules of the user's its other modules get a key each: the first match wins, but
     `save_pretrained` sorts the keys (PEFT 0.21), so no key of ours may match a module of the user's. EVA alone matches
@@ -100,7 +104,38 @@ def with_patterns(config: LoraConfig, plan: RankPlan, modules: Mapping[str, list
             ranks[key], alphas[key] = rank, plan.alpha(rank)
     changed = copy.copy(config)  # TRL's "ref" adapter shares the user's object
     changed.rank_pattern, changed.alpha_pattern = ranks, alphas
+    setattr(changed, OWN_PATTERNS, (config.rank_pattern, config.alpha_pattern))
     return changed
+
+
+def users_config(config: LoraConfig) -> LoraConfig:
+    """`config` without the patterns of a plan that `with_plan` or `apply_plan` wrote into it."""
+    own = getattr(config, OWN_PATTERNS, None)
+    return config if own is None else _with_own(config, *own)
+
+
+def without_plan(config: LoraConfig, plan: RankPlan, names: Iterable[str]) -> LoraConfig:
+    """`config` without the patterns of `plan`, whoever wrote them: from a file, or with `plan.lora_config_kwargs()`.
+
+    Args:
+        names: the target modules.
+    """
+    if hasattr(config, OWN_PATTERNS):
+        return users_config(config)
+    keys = {key for site in plan.sites for key in (site.pattern, site.pattern.removeprefix("^"))}
+    for site, rank in zip(plan.sites, plan.ranks, strict=True):
+        inside = [re.escape(name) for name in names if name.startswith(f"{site.name}.")]
+        keys.update(key for name in inside for key in (f"^{name}", name) if config.rank_pattern.get(key) == rank)
+    ranks = {key: rank for key, rank in config.rank_pattern.items() if key not in keys}
+    alphas = {key: alpha for key, alpha in config.alpha_pattern.items() if key not in keys}
+    return _with_own(config, ranks, alphas)
+
+
+def _with_own(config: LoraConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoraConfig:
+    own = copy.copy(config)
+    own.rank_pattern, own.alpha_pattern = dict(ranks), dict(alphas)
+    vars(own).pop(OWN_PATTERNS, None)
+    return own
 
 
 def check_initialisation(config: LoraConfig) -> None:
@@ -110,6 +145,6 @@ def check_initialisation(config: LoraConfig) -> None:
         raise ApplyError(
             f"init_lora_weights={config.init_lora_weights!r} needs {needed}, for which GeLoRACallback(lora_config=...) "
             "leaves no room. Choose the ranks in a step of your own: plan = select_ranks(model, rows, "
-            "lora_config=config), then with_plan(config, plan) from gelora_plugins.lora_config; make the adapter as "
+            "lora_config=config), then gelora_plugins.with_plan(config, plan, model); make the adapter as "
             "PEFT describes, and train it without GeLoRACallback."
         )

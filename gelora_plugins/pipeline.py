@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ from gelora_plugins.adapter import find_adapter
 from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
-from gelora_plugins.errors import DimensionError
-from gelora_plugins.features import leaving_no_trace, read_documents
+from gelora_plugins.errors import DimensionError, blaming
+from gelora_plugins.features import Autocast, leaving_no_trace, read_documents
 from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import ModelLayout, unwrap
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions, make_plan
 from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
 from gelora_plugins.processes import ALONE, Processes
@@ -39,6 +41,7 @@ def select_ranks(
     collator: Collator | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
+    autocast: Autocast = nullcontext,
 ) -> RankPlan:
     """Measure `dataset` in `model` and choose a LoRA rank for every block. The model is left as it was.
 
@@ -52,6 +55,7 @@ def select_ranks(
         progress: whether to show a progress bar.
         processes: `Processes.all()` where every process of a run makes this call: they share the work, the first
             one's rows are read, and all get its plan.
+        autocast: what the forward passes run under: the mixed precision of the training, where it has one.
 
     Returns:
         The plan: `apply_plan(model, plan)` for an adapter that exists, `LoraConfig(**plan.lora_config_kwargs())`
@@ -78,7 +82,7 @@ def select_ranks(
         return processes.decide(partial(_load_plan, config.plan, sites, r, lora_alpha, use_rslora))
     how: dict[str, Any] = {"layout": layout, "collator": collator, "progress": progress, "processes": processes}
     with generators.kept(dataset, collator):
-        profile = measure(model, dataset, config, **how)
+        profile = measure(model, dataset, config, **how, autocast=autocast)
     return processes.decide(lambda: make_plan(profile, config, sites, r, lora_alpha=lora_alpha, use_rslora=use_rslora))
 
 
@@ -95,12 +99,6 @@ def _load_plan(path: str, sites: tuple[Site, ...], r: int, lora_alpha: float, us
     return plan
 
 
-def find_layout(model: nn.Module) -> ModelLayout:
-    """The layout that the first plugin to know the model gives. Raises LayoutError when none does."""
-    layout: ModelLayout = plugins.plugin_manager().hook.find_model_layout(model=model)
-    return layout
-
-
 def measure(
     model: nn.Module,
     dataset: Any,
@@ -110,6 +108,7 @@ def measure(
     collator: Collator | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
+    autocast: Autocast = nullcontext,
 ) -> DimensionProfile:
     """The intrinsic dimension of the hidden states of `dataset` at every block boundary of `model`.
 
@@ -131,7 +130,16 @@ def measure(
     with FeatureStore(config.feature_storage, counts[-1]) as store:
         for stop in counts:
             num_tokens += read_documents(
-                model, layout, probe_set, pooling, store, config, stop=stop, processes=processes, progress=progress
+                model,
+                layout,
+                probe_set,
+                pooling,
+                store,
+                config,
+                stop=stop,
+                processes=processes,
+                progress=progress,
+                autocast=autocast,
             )
             facts = {"layout": layout, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
             profile = processes.decide(partial(_profile, store, probe_set, config, facts))
@@ -145,9 +153,10 @@ def measure(
 def _choose(
     model: nn.Module, layout: ModelLayout, dataset: Any, config: GeLoRAConfig, collator: Collator | None
 ) -> ProbeSet:
-    root = unwrap(model)
-    with leaving_no_trace(model):  # rows may be augmented at random when they are read
-        probe_set = choose_documents(dataset, config, root.config, collator, accepted_inputs(root, layout))
+    root, advice = unwrap(model), "Mend what reads the rows, or pass rows that can be read."
+    model_config, accepted = getattr(root, "config", None), accepted_inputs(root, layout)
+    with leaving_no_trace(model), blaming("Reading the training data", advice):  # which may augment rows at random
+        probe_set = choose_documents(dataset, config, model_config, collator, accepted)
     if probe_set.num_documents < MIN_POINTS:
         raise DimensionError(
             f"The training data has {probe_set.num_documents} distinct documents ({probe_set.num_repeats} repeats were "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
+import os
 import platform
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,12 +17,12 @@ from gelora_plugins import records
 from gelora_plugins.text import label, markdown, printable
 
 if TYPE_CHECKING:
-    import os
-
     from rich.table import Table
 
     from gelora_plugins.dimension import DimensionProfile
     from gelora_plugins.ranks import RankPlan
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("gelora", "torch", "transformers", "peft", "trl", "axolotl")
 _COLUMNS = ("block", "dimension in", "dimension out", "rank", "may differ", "parameters")
@@ -52,6 +55,7 @@ class RankReport:
             f"Policy {plan.policy}, estimator {profile.estimator}, pooling {profile.pooling}"
             f"{', coordinates standardised' if profile.standardise else ''}. Measured on "
             f"{profile.num_documents:,} documents, {profile.num_tokens:,} tokens, in {profile.seconds:.1f} s.",
+            *_fullness(plan),
             *_sureness(plan),
         ]
         if self.trainable_before is not None and self.trainable_after is not None:
@@ -90,6 +94,44 @@ class RankReport:
         return paths
 
 
+def show(report: RankReport) -> None:
+    """Print a report. What the encoding of standard output lacks, such as the lines of the table, is replaced."""
+    text = str(report)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.replace("─", "-").encode(encoding, "replace").decode(encoding)
+    print(text, flush=True)
+
+
+def write_reports(report: RankReport, output_dir: str | os.PathLike[str]) -> None:
+    """Write the files, then tell every plugin that has `write_report`. A plugin that fails is a warning.
+
+    Raises:
+        WriteError: the files cannot be written.
+    """
+    from gelora_plugins.plugins import BUILT_INS, plugin_manager
+
+    manager = plugin_manager()
+    plugins = {impl.plugin_name: impl.plugin for impl in manager.hook.write_report.get_hookimpls()}
+    for name in sorted(plugins, key=lambda name: name != BUILT_INS):
+        others = [plugin for plugin in manager.get_plugins() if plugin is not plugins[name]]
+        try:
+            manager.subset_hook_caller("write_report", others)(report=report, output_dir=os.fspath(output_dir))
+        except Exception as error:
+            if name == BUILT_INS:
+                raise
+            logger.warning(
+                "write_report of the gelora plugin %r failed: %s: %s. The ranks and the files in %s are as they are to "
+                "be.",
+                name,
+                type(error).__name__,
+                error,
+                os.fspath(output_dir),
+            )
+
+
 def versions() -> dict[str, str]:
     """Python, and the packages of this project that are installed."""
     found = {"python": platform.python_version()}
@@ -99,6 +141,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _fullness(plan: RankPlan) -> list[str]:
+    """Which ranks were held to what the matrices can hold, and what that leaves of a budget."""
+    full = plan.full_sites()
+    if not full:
+        return []
+    line = f"{len(full)} of {len(plan.sites)} blocks have the largest rank that every matrix in them can hold."
+    left = plan.num_base_parameters - plan.num_parameters
+    if plan.policy == "budget" and left >= max(site.parameters_per_rank for site in plan.sites):
+        line += f" {left:,} parameters of the budget could not be spent."
+    return [line]
 
 
 def _sureness(plan: RankPlan) -> list[str]:

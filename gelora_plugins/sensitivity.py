@@ -21,7 +21,7 @@ from gelora_plugins.errors import GeLoRAError, ProbeError
 from gelora_plugins.features import Pooling, leaving_no_trace, read_documents
 from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import unwrap
-from gelora_plugins.pipeline import find_layout
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions
 from gelora_plugins.probe_set import Collator, choose_documents
 from gelora_plugins.ranks import Site, layout_sites

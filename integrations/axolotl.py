@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -60,6 +58,8 @@ class GeLoRAPlugin(BasePlugin):
     Attributes:
         selection: the ranks of the trainer that was made, to be chosen when it trains.
         plan: the plan whose ranks the adapter was made with, where the configuration gives one.
+
+    Axolotl 0.21 keeps the object from one configuration to the next (a sweep, a notebook): both are of the last one.
     """
 
     def __init__(self) -> None:
@@ -74,6 +74,7 @@ class GeLoRAPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Called before validation, with the raw configuration: decides whether the section is read at all."""
+        self.selection = self.plan = None
         self._schema = f"{__name__}.{GeLoRAArgs.__name__}" if self._serves(cfg) else None
         if cfg.get(SECTION) is not None and not is_named(cfg):
             logger.warning(
@@ -90,12 +91,13 @@ class GeLoRAPlugin(BasePlugin):
 
         That is also the way for sharded models (FSDP, DeepSpeed ZeRO-3) and for initialisations such as PiSSA.
         """
+        self.plan = None  # of a configuration before, which may not have been registered
         if not self._serves(cfg) or cfg.get("lora_model_dir"):
             return {}
         config = read_section(cfg)
         if config.plan is None:
             return {}
-        from gelora_plugins.lora_config import with_plan
+        from gelora_plugins.plan_check import with_plan
         from gelora_plugins.ranks import RankPlan
 
         try:
@@ -126,20 +128,17 @@ class GeLoRAPlugin(BasePlugin):
                 "are. Remove lora_model_dir to start a new adapter with chosen ranks."
             )
             return
-        from gelora_plugins.integrations.transformers import is_zero3, prepare_trainer
+        from gelora_plugins.integrations.trainer_check import is_sharded
+        from gelora_plugins.integrations.transformers import prepare_trainer
 
-        if self.plan is not None:
-            if not is_zero3(trainer):  # which keeps empty parameters
-                check_built(trainer.model, self.plan, cfg)
-            report_plan(trainer, self.plan)
-            return
         config = read_section(cfg)
-        if (trainer.is_fsdp_enabled or is_zero3(trainer)) and config.on_failure == "raise":
+        if config.plan is None and is_sharded(trainer) and config.on_failure == "raise":
             raise ApplyError(
                 "The model will be sharded (FSDP or DeepSpeed ZeRO-3), and its adapter cannot be resized then. Make "
                 "the plan before, in one process: axolotl gelora CONFIG.yml -o plan.json; then set "
                 f"`{SECTION}: {{plan: plan.json}}`. To resume, use gelora/plan.json of the output directory."
             )
+        # With a plan, whose ranks PEFT has made: compares them with the adapter, and changes nothing.
         self.selection = prepare_trainer(trainer, config)
 
     def _serves(self, cfg: Any) -> bool:
@@ -200,22 +199,3 @@ def lora_config(cfg: Mapping[str, Any]) -> LoraConfig:
         rank_pattern=dict(cfg.get("lora_rank_pattern") or {}),
         alpha_pattern=dict(cfg.get("lora_alpha_pattern") or {}),
     )
-
-
-def check_built(model: Any, plan: RankPlan, cfg: Mapping[str, Any]) -> None:
-    """Raises PlanError when `plan`, whose patterns the adapter was made with, is for another model."""
-    from gelora_plugins.adapter import require_adapter
-
-    adapter = require_adapter(model)
-    plan.check_sites(replace(adapter, config=lora_config(cfg)).sites(plan.profile.layout))
-
-
-def report_plan(trainer: Trainer, plan: RankPlan) -> None:
-    """Show and save a plan that the adapter was made with."""
-    from gelora_plugins.plugins import plugin_manager
-    from gelora_plugins.report import RankReport
-
-    if trainer.is_world_process_zero():
-        report = RankReport(plan)
-        print(report, flush=True)
-        plugin_manager().hook.write_report(report=report, output_dir=str(Path(trainer.args.output_dir, "gelora")))

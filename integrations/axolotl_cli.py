@@ -39,7 +39,7 @@ def gelora(config: str, output: str | None) -> None:
     Loads the model and the data of CONFIG, measures, and prints the plan, also as YAML for a config without the
     plugin. CONFIG may list gelora in `plugins` or not. Nothing is written to its output directory.
     """
-    from gelora_plugins.report import RankReport
+    from gelora_plugins.report import RankReport, show
 
     try:
         plan, written = choose(config)
@@ -48,7 +48,7 @@ def gelora(config: str, output: str | None) -> None:
         if said is None:
             raise
         raise Refusal(printable(said)) from error
-    click.echo(RankReport(plan))
+    show(RankReport(plan))
     if output is not None:
         plan.save(output)
         click.echo(f"To train with these ranks and measure nothing:\n\ngelora:\n  plan: {output}\n")
@@ -98,7 +98,7 @@ def patterns_yaml(plan: RankPlan, config: LoraConfig) -> str:
     """
     import yaml
 
-    from gelora_plugins.lora_config import with_plan
+    from gelora_plugins.plan_check import with_plan
 
     planned = with_plan(config, plan)
     if not all(isinstance(alpha, int) for alpha in planned.alpha_pattern.values()):

@@ -78,7 +78,8 @@ class Checkpoint:
 
     def _differences(self, options: GeLoRAConfig) -> Iterator[str]:
         if options.plan is not None:
-            yield f"plan {options.plan} was not read"
+            if not self._is_plan(options.plan):
+                yield f"plan {options.plan} was not used"
         elif self.plan is None:
             yield f"policy {options.policy} was not used"
         else:
@@ -93,6 +94,12 @@ class Checkpoint:
             for name, value in then.items():
                 if getattr(options, name) != value:
                     yield f"{name} is {getattr(options, name)}, the checkpoint's {value}"
+
+    def _is_plan(self, path: str) -> bool:
+        try:
+            return self.plan is not None and RankPlan.load(path).ranks == self.plan.ranks
+        except PlanError:
+            return False
 
 
 def _plan(path: Path, config: LoraConfig) -> RankPlan | None:

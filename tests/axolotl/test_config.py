@@ -179,6 +179,31 @@ def test_a_missing_plan_stops_before_the_model_is_loaded(load, manager):
     manager.get_instance().pre_model_load(load(gelora={"plan": "missing.json", "on_failure": "keep"}))
 
 
+def test_an_object_that_is_kept_forgets_the_configuration_before(load, manager, tmp_path):
+    """Axolotl 0.21 keeps plugin objects in a sweep, or where a notebook trains twice; 0.19 makes them anew."""
+    from gelora_plugins import GeLoRAPlugin
+
+    make_plan().save(tmp_path / "plan.json")
+    cfg = load(gelora={"plan": "plan.json"})
+    plugin = next(p for p in manager().plugins.values() if isinstance(p, GeLoRAPlugin))
+    assert plugin.get_lora_config_kwargs(cfg)
+    assert plugin.plan is not None
+    plugin.selection = "of the trainer before"
+    plugin.register(load(gelora={"policy": "budget"}))
+    assert (plugin.plan, plugin.selection) == (None, None)
+
+
+def test_a_plan_is_forgotten_also_where_nobody_registers_the_next_configuration(load, manager, tmp_path):
+    from gelora_plugins import GeLoRAPlugin
+
+    make_plan().save(tmp_path / "plan.json")
+    planned, chosen = load(gelora={"plan": "plan.json"}), load(gelora={"policy": "budget"})
+    plugin = next(p for p in manager().plugins.values() if isinstance(p, GeLoRAPlugin))
+    assert plugin.get_lora_config_kwargs(planned)
+    assert plugin.get_lora_config_kwargs(chosen) == {}
+    assert plugin.plan is None
+
+
 def test_the_users_own_patterns_stay_in_force(load, manager, tmp_path):
     """The first pattern that matches a module wins in PEFT, and a saved adapter has them in another order."""
     from gelora_plugins.integrations.axolotl import lora_config

@@ -170,7 +170,7 @@ def test_a_plan_in_the_options_is_not_read_on_resume(tmp_path: Path, caplog: pyt
     resumed = start(peft_model(), tmp_path, GeLoRACallback(plan=str(tmp_path / "another.json")))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     check_continued(resumed, whole)
-    assert "another.json was not read" in caplog.text
+    assert "another.json was not used" in caplog.text
 
 
 def test_a_checkpoint_that_was_trained_without_gelora(

@@ -28,6 +28,7 @@ LAYERS = [
     {"lora_config"},
     {"adapter", "boundaries", "policies", "report"},
     {"rehearsal"},
+    {"plan_check"},
     {"pipeline"},
     set(ADAPTERS),
     {"compare_methods", "compare_stats", "compare_tasks", "compare_workers"},
