@@ -136,3 +136,7 @@ class GeLoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values."""
         return asdict(self)
+
+    def measured(self) -> dict[str, Any]:
+        """All options that a measurement and its plan follow, for their record."""
+        return {name: value for name, value in self.to_dict().items() if name not in ("plan", "on_failure")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -21,6 +22,7 @@ from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions, make_plan
 from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
 from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.provenance import model_fingerprint, model_name, other_model
 from gelora_plugins.ranks import RankPlan, Site
 from gelora_plugins.rehearsal import config_sites
 from gelora_plugins.storage import FeatureStore
@@ -28,6 +30,8 @@ from gelora_plugins.storage import FeatureStore
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 FIRST_CHUNK = 256  # documents; with fewer, the standard errors themselves are rough
 
@@ -79,7 +83,7 @@ def select_ranks(
             sites = config_sites(model, layout, lora_config)
     r, lora_alpha, use_rslora = lora_config.r, lora_config.lora_alpha, lora_config.use_rslora
     if config.plan is not None:
-        return processes.decide(partial(_load_plan, config.plan, sites, r, lora_alpha, use_rslora))
+        return processes.decide(partial(_load_plan, config.plan, model, sites, r, lora_alpha, use_rslora))
     how: dict[str, Any] = {"layout": layout, "collator": collator, "progress": progress, "processes": processes}
     with generators.kept(dataset, collator):
         profile = measure(model, dataset, config, **how, autocast=autocast)
@@ -92,10 +96,15 @@ def _default_lora_config() -> LoraConfig:
     return LoraConfig(target_modules="all-linear")
 
 
-def _load_plan(path: str, sites: tuple[Site, ...], r: int, lora_alpha: float, use_rslora: bool) -> RankPlan:
+def _load_plan(
+    path: str, model: nn.Module, sites: tuple[Site, ...], r: int, lora_alpha: float, use_rslora: bool
+) -> RankPlan:
     plan = RankPlan.load(path)
     plan.check_sites(sites)
     plan.check_scaling(r, lora_alpha, use_rslora)
+    other = other_model(plan.profile, model)
+    if other is not None:
+        logger.warning("%s: %s", path, other)
     return plan
 
 
@@ -126,6 +135,12 @@ def measure(
         layout = layout or find_layout(model)
         probe_set = _choose(model, layout, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
     counts = processes.decide(lambda: _growing(probe_set.num_documents, config))
+    origin = {
+        "layout": layout,
+        "model_name": model_name(model),
+        "model_fingerprint": model_fingerprint(model, layout),
+        "options": config.measured(),
+    }
     num_tokens = 0
     with FeatureStore(config.feature_storage, counts[-1]) as store:
         for stop in counts:
@@ -141,7 +156,7 @@ def measure(
                 progress=progress,
                 autocast=autocast,
             )
-            facts = {"layout": layout, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
+            facts = {**origin, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
             profile = processes.decide(partial(_profile, store, probe_set, config, facts))
             if profile is not None and _is_known(profile):
                 break

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from gelora_plugins.adapter import (
+    IN_PLACE_INITS,
     AppliedPlan,
     add_adapter,
     apply_config,
@@ -35,6 +36,7 @@ from gelora_plugins.plan_check import check_plan, with_plan
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import make_plan
 from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.provenance import other_model
 from gelora_plugins.ranks import RankPlan
 
 from .checkpoint import PLAN, Checkpoint
@@ -121,6 +123,8 @@ class RankSelection:
         """`Trainer.train`, with the ranks settled first."""
         path = self._checkpoint_path(resume_from_checkpoint)
         built = self._is_built(self.trainer.model)
+        if built:
+            self._compare_model()
         if path is not None and not (built and is_sharded(self.trainer)):  # whose checkpoint may say nothing of ranks
             self._restore(path)
         elif not self.is_settled() and not (self._decided and self.trainer.model_init is not None):
@@ -186,6 +190,15 @@ class RankSelection:
         self.plan = plan
         return True
 
+    def _compare_model(self) -> None:
+        """Warn when the plan was made on another model; not where making the adapter has changed the weights."""
+        model, adapter = self.trainer.model, find_adapter(self.trainer.model)
+        if self.plan is None or model is None or (adapter and adapter.config.init_lora_weights not in IN_PLACE_INITS):
+            return
+        other = other_model(self.plan.profile, model)
+        if other is not None and self.trainer.is_world_process_zero():
+            logger.warning("%s", other)
+
     def _processes(self) -> Processes:
         return Processes.all() if self.trainer.args.world_size > 1 else ALONE
 
@@ -194,6 +207,7 @@ class RankSelection:
         adapter = find_adapter(self.trainer.model)
         self.checkpoint = Checkpoint.read(path, adapter.name if adapter else "default")
         self.plan = self.checkpoint.plan
+        self._compare_model()
         if not has_ranks_of(self.trainer.model, self.checkpoint.config):
             self._check_early()
         if adapter is not None and not isinstance(self.trainer.model, PeftModel):
