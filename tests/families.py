@@ -1,10 +1,10 @@
 """Which models and rows GeLoRA reads: the tables that tests/integration/test_families.py runs cell by cell.
 
-`read_and_refused()` is the same for the README.
+`models_read()` and `formats_read()` are the same for the README.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,9 +39,9 @@ def labelled(rng: random.Random, i: int) -> dict[str, Any]:
     return {"input_ids": [*ids(8, rng), 2], "attention_mask": [1] * 9, "labels": i % 2}  # BART's classifier reads </s>
 
 
-def continued(rng: random.Random, i: int) -> dict[str, Any]:
-    document = ids(8, rng)
-    return {"input_ids": document, "labels": document}
+def continued(rng: random.Random, i: int, before: Sequence[int] = ()) -> dict[str, Any]:
+    document = [*before, *ids(8, rng)]
+    return {"input_ids": document, "attention_mask": [1] * len(document), "labels": document}
 
 
 def image(side: int) -> Callable[[], Rows]:
@@ -204,7 +204,7 @@ ONE_VECTOR = "one vector for each token"
 NO_LIST = "were not found: expected one list"
 FAMILIES: dict[str, Family] = {
     # decoders
-    "Llama, Mistral, Qwen, Gemma ...": Family(lambda: build("llama"), CONTINUED, (3,)),
+    "Llama, Mistral, Qwen, Gemma, Phi, OPT": Family(lambda: build("llama"), CONTINUED, (3,)),
     "GPT-2": Family(lambda: build("gpt2"), CONTINUED, (3,)),
     "Mamba": Family(
         of("MambaForCausalLM", "MambaConfig", **MAMBA),
@@ -223,7 +223,7 @@ FAMILIES: dict[str, Family] = {
         note="rows with images, or a layout plugin that leaves the cross-attention blocks out",
     ),
     # encoders
-    "BERT, RoBERTa, DeBERTa ... classifiers": Family(lambda: build("bert"), LABELLED, (3,)),
+    "BERT, RoBERTa, DeBERTa, DistilBERT, ModernBERT, classifiers": Family(lambda: build("bert"), LABELLED, (3,)),
     "BERT, question answering": Family(of("BertForQuestionAnswering", "BertConfig", **TEXT), ANSWERS, (3,)),
     "BERT, multiple choice": Family(
         of("BertForMultipleChoice", "BertConfig", **TEXT), CHOICES, refused="a row for each sequence", note=PLAN_BEFORE
@@ -308,13 +308,25 @@ FAMILIES: dict[str, Family] = {
     ),
     "WavLM, CTC": Family(of("WavLMForCTC", "WavLMConfig", **WAVES), wave(lambda rng: ids(3, rng)), (3,), padded_waves),
     # images
-    "ViT, DINOv2, BEiT ... classifiers": Family(lambda: build("vit"), image(8), (3,)),
+    "ViT, image classifier": Family(lambda: build("vit"), image(8), (3,)),
     "CLIP, image classifier": Family(of("CLIPForImageClassification", "CLIPConfig", **TOWERS), image(8), (3,)),
     "SigLIP, image classifier": Family(of("SiglipForImageClassification", "SiglipConfig", **TOWERS), image(8), (3,)),
     "ViT with a TrOCR decoder": Family(
         image_to_text,
         rows(lambda rng, i: {"pixel_values": torch.randn(3, 8, 8), "labels": torch.tensor(ids(5, rng))}),
         (3, 2),
+    ),
+    "LLaVA, images and text": Family(
+        of(
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            vision_config={**VISION, "model_type": "clip_vision_model"},
+            text_config={**GROUPED, "model_type": "llama", "num_hidden_layers": 2},
+            image_token_index=3,
+        ),
+        rows(lambda rng, i: {"pixel_values": torch.randn(3, 8, 8), **continued(rng, i, [3] * 4)}),
+        (2,),
+        note="the language model's blocks; modules elsewhere keep your r, and are counted in the log",
     ),
     "Swin": Family(
         of(
@@ -338,10 +350,79 @@ def lora(family: Family) -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, **family.lora)
 
 
+@dataclass(frozen=True)
+class Format:
+    """Rows of one kind, on Llama or BERT with a head.
+
+    Attributes:
+        rows: makes the training data.
+        documents: how many are measured; 0 where the rows are refused.
+        refused, note: as of a `Family`.
+        model, collator: as of a `Family`.
+    """
+
+    rows: Callable[[], Any]
+    documents: int = 0
+    refused: str = ""
+    note: str = ""
+    model: Callable[[], Any] = lambda: build("llama")
+    collator: Callable[[Rows], Any] | None = None
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(CONTINUED())
+
+
+def padded(rng: random.Random, i: int) -> dict[str, Any]:
+    length = rng.randint(4, 8)
+    document = [*ids(length, rng), *[0] * (8 - length)]
+    return {"input_ids": document, "attention_mask": [1] * length + [0] * (8 - length), "labels": document}
+
+
+def packed(rng: random.Random, i: int) -> dict[str, Any]:
+    return {**continued(rng, i), "position_ids": [0, 1, 2, 0, 1, 2, 3, 4]}
+
+
+def typed(rng: random.Random, i: int) -> dict[str, Any]:
+    return {**labelled(rng, i), "token_type_ids": [0] * 4 + [1] * 5}
+
+
+def tokenising(some: Rows) -> dict[str, torch.Tensor]:
+    tokens = torch.tensor([[ord(letter) - 92 for letter in row["text"]] for row in some])
+    return {"input_ids": tokens, "labels": tokens}
+
+
+TEXTS = rows(lambda rng, i: {"text": "".join(rng.choices("abcdefghij", k=8))})
+FORMATS: dict[str, Format] = {
+    "token ids": Format(CONTINUED, COUNT),
+    "token ids, padded": Format(rows(padded), COUNT, note="padding is left out"),
+    "token ids, packed": Format(rows(packed), 2 * COUNT, note="`position_ids` or `seq_lengths` tell documents apart"),
+    "pairs with `token_type_ids`": Format(rows(typed), COUNT, model=lambda: build("bert")),
+    "a stream": Format(Stream, COUNT),
+    "text, and a collator that tokenises it": Format(TEXTS, COUNT, collator=tokenising),
+    "text alone": Format(
+        TEXTS, refused="no tensors; expected inputs that LlamaModel takes", note="tokenise it, or pass such a collator"
+    ),
+    "several sequences in a row": Format(CHOICES, refused="a row for each sequence", note=PLAN_BEFORE),
+    "the same few rows again and again": Format(
+        lambda: CONTINUED()[:10] * 10, refused="10 distinct documents", note="50 are the least that is measured"
+    ),
+}
+
+
 def models_read() -> str:
     """The table of models for the README."""
     lines = ["| model | measured | |", "| --- | --- | --- |"]
     for name, family in FAMILIES.items():
         sides = ("encoder and decoder" if len(family.stacks) == 2 else "yes") if family.stacks else "refused"
         lines.append(f"| {name} | {sides} | {family.note} |")
+    return "\n".join(lines)
+
+
+def formats_read() -> str:
+    """The table of rows for the README."""
+    lines = ["| rows | measured | |", "| --- | --- | --- |"]
+    for name, kind in FORMATS.items():
+        lines.append(f"| {name} | {'yes' if kind.documents else 'refused'} | {kind.note} |")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from gelora_plugins.errors import LayoutError
 from gelora_plugins.layout import ModelLayout, find_transformers_layout
 from gelora_plugins.plugins import plugin_manager
 from gelora_plugins.rehearsal import config_sites
-from tests.families import FAMILIES, SIZES, TEXT, VISION, Family, lora, of
+from tests.families import FAMILIES, FORMATS, SIZES, TEXT, VISION, Family, Format, lora, of
 from tests.probing import features_of
 from tests.tiny import VOCABULARY, build
 from tests.training import arguments, layers, saved_plan, state_of
@@ -43,7 +43,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plugin_manager().unregister(plugin)
 
 
-def trainer_of(family: Family, model: nn.Module, directory: Path, callback: GeLoRACallback) -> Trainer:
+def trainer_of(family: Family | Format, model: nn.Module, directory: Path, callback: GeLoRACallback) -> Trainer:
     args = arguments(directory, max_steps=1, per_device_train_batch_size=2, remove_unused_columns=False)
     return Trainer(
         model=model, args=args, train_dataset=family.rows(), data_collator=family.collator, callbacks=[callback]
@@ -161,6 +161,25 @@ def test_mllama_without_images_takes_a_layout_without_the_blocks_that_read_them(
     finally:
         plugin_manager().unregister(plugin)
     assert list(block_ranks(model).values()) == [{2}, {4}, {6}, {5}]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind.documents])
+def test_rows_that_are_read_are_measured_and_trained_on(tmp_path: Path, name: str) -> None:
+    kind = FORMATS[name]
+    model = get_peft_model(kind.model(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    trainer_of(kind, model, tmp_path, GeLoRACallback(GELORA)).train()
+    assert saved_plan(tmp_path).profile.num_documents == kind.documents
+    assert list(block_ranks(model).values()) == [{rank} for rank in RANKS[:3]]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if not kind.documents])
+def test_rows_that_are_refused_leave_the_model_as_it_was(tmp_path: Path, name: str) -> None:
+    kind = FORMATS[name]
+    model = get_peft_model(kind.model(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    before = state_of(model)
+    with pytest.raises(GeLoRAError, match=kind.refused):
+        trainer_of(kind, model, tmp_path, GeLoRACallback(GELORA)).train()
+    assert state_of(model)[:4] == before[:4]
 
 
 def test_what_peft_does_not_adapt_is_refused_before_the_probe() -> None:
