@@ -1,5 +1,6 @@
 """Read by pytest before any test imports torch or transformers."""
 
+import gc
 import os
 from typing import Any
 
@@ -21,6 +22,11 @@ LONGEST = (
     "tests/integration/test_example_plugin.py",
     "tests/integration/",
 )
+
+
+def pytest_collection_finish() -> None:
+    """All is imported. Accelerate looks for garbage twice in every training, for longer than the rest of it takes."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

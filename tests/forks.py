@@ -6,6 +6,7 @@ and may be killed.
 
 import multiprocessing
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -24,6 +25,12 @@ def start(function: Callable[..., None], *arguments: Any, log: Path, **environme
     process = _CONTEXT.Process(target=_run, args=(function, arguments, log, environment))
     process.start()
     return process
+
+
+def run_script(path: Path, arguments: list[str]) -> None:
+    """What `python PATH ARGUMENTS` does, for `start`."""
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def wait(process: ForkServerProcess) -> int:

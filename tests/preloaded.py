@@ -3,6 +3,7 @@
 No tensor is computed here: threads of a parallel loop would not be there any more in the forked processes.
 """
 
+import gc
 from importlib import import_module
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -17,3 +18,4 @@ for name in (
 ):
     import_module(name)
 get_checkpoint_conversion_mapping("llama")  # compiles some thousand patterns the first time
+gc.freeze()  # as in tests/conftest.py
