@@ -51,7 +51,7 @@ TORCH = "torch==2.13.0"  # the version that the measurements were made with
 TESTS = ("pytest", "pytest-xdist")
 ENVIRONMENTS = {
     # The newest that work together: transformers 5.24's add_adapter wants PEFT 0.22, and the newest is 0.21.2.
-    "main": Environment(("3.11", "3.12", "3.13"), "trl,plot,demo,dev", ("transformers<5.24",), 3, TORCH, True),
+    "main": Environment(("3.11", "3.12", "3.13"), "trl,plot,demo,dev,docs", ("transformers<5.24",), 3, TORCH, True),
     # What `pip install gelora` gives its users.
     "pip": Environment(("3.11", "3.12", "3.13"), "trl,plot,demo,dev", (), 6, "", True),
     "axolotl-0.19": Environment(("3.11",), "", ("axolotl==0.19.0", *TESTS), 5, TORCH),  # the newest for Python 3.11

@@ -40,7 +40,7 @@ class Run:
 
 def shuffled(seed: int) -> tuple[str, ...]:
     """Random order, and other global seeds of random, numpy and torch before each test."""
-    return ("-p", "pytest_randomly", f"--randomly-seed={seed}")
+    return ("-p", "randomly", f"--randomly-seed={seed}")
 
 
 RUNS = (

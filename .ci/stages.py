@@ -24,6 +24,7 @@ PYTEST = ("-m", "pytest", "-n", str(min(CORES, 8)), "--dist", "worksteal")
 STAGES = {
     "lint": ("main", ("-m", "ruff", "check", "."), ("-m", "ruff", "format", "--check", ".")),
     "types": ("main", ("-m", "mypy")),
+    "docs": ("main", ("-m", "mkdocs", "build", "--strict", "--quiet")),
     "unit": ("main", (*PYTEST, "tests/unit")),
     "integration": ("main", (*PYTEST, "tests/integration")),
     "faults": ("main", (*PYTEST, "tests/faults")),
@@ -84,6 +85,7 @@ def run(outcome: Outcome) -> None:
 def _settings(name: str) -> dict[str, str]:
     """The environment variables of a stage."""
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    settings["NO_MKDOCS_2_WARNING"] = "1"  # mkdocs-material 9.7 prints a page about it, which is no warning of ours
     settings.setdefault("OMP_NUM_THREADS", "1")  # a worker for each core
     # Threads that spin while they wait make a machine with other work on it several times slower.
     settings.setdefault("OMP_WAIT_POLICY", "passive")

@@ -2,7 +2,10 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors threads only wait for each other
@@ -33,3 +36,14 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """In a worker of pytest-xdist the longest tests come first; alone, tests stay in the order of their files."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), 99))
+
+
+@pytest.fixture(autouse=True)
+def torch_seed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """pytest-randomly (`-p randomly`) seeds random and numpy before each test; torch, too, is not to matter."""
+    seed = request.config.getoption("randomly_seed", None)
+    if isinstance(seed, int):
+        import torch
+
+        torch.manual_seed(seed)
+    yield
