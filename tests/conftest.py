@@ -2,7 +2,6 @@
 
 import gc
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,11 +38,10 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def torch_seed(request: pytest.FixtureRequest) -> Iterator[None]:
+def torch_seed(request: pytest.FixtureRequest) -> None:
     """pytest-randomly (`-p randomly`) seeds random and numpy before each test; torch, too, is not to matter."""
     seed = request.config.getoption("randomly_seed", None)
     if isinstance(seed, int):
         import torch
 
         torch.manual_seed(seed)
-    yield
