@@ -105,7 +105,7 @@ class Adapter:
     def _cost(self, layer: LoraLayer) -> int:
         """LoRA parameters of one rank; where the model is sharded the matrices are empty, and those of a linear map."""
         numel = sum(parameter.numel() for _, parameter in self.matrices(layer))
-        return numel // layer.r[self.name] or layer.in_features + layer.out_features
+        return int(numel // layer.r[self.name] or layer.in_features + layer.out_features)
 
     def free_layers(self, block: str) -> dict[str, LoraLayer]:
         """The layers below `block` that no pattern of the user's names."""

@@ -164,7 +164,7 @@ class RankSelection:
         """Whether the model that the trainer has now, with the adapter it has now, is one whose ranks were settled."""
         if self._settled is None or self.trainer.model is None:
             return False
-        model = extract_model_from_parallel(self.trainer.model)  # FSDP puts its wrapper there (transformers 5.23)
+        model: nn.Module = extract_model_from_parallel(self.trainer.model)  # FSDP puts its wrapper there (transformers 5.23)
         return self._settled() is model and self._adapter == _adapter_name(model)
 
     def _is_built(self, model: nn.Module) -> bool:

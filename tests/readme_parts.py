@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gelora_plugins import GeLoRAConfig
+from tests.families import formats_read, models_read
 from tests.kinds import matrix
 from tests.readme_comparison import (
     choices,
@@ -199,6 +200,8 @@ PARTS: dict[str, Callable[[], str]] = {
         command_line,
         options,
         matrix,
+        models_read,
+        formats_read,
         estimators,
         growth_errors,
         neighbours,
