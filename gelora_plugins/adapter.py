@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gelora_plugins.errors import ApplyError, LayoutError
 from gelora_plugins.features import cuda_devices
 from gelora_plugins.layout import ModelLayout, unwrap
-from gelora_plugins.lora_config import matches_pattern, users_config, with_patterns, with_plan
+from gelora_plugins.lora_config import matches_pattern, planned_config, users_config, with_patterns
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.ranks import RankPlan, Site, layout_sites
 
@@ -105,7 +105,7 @@ class Adapter:
     def _cost(self, layer: LoraLayer) -> int:
         """LoRA parameters of one rank; where the model is sharded the matrices are empty, and those of a linear map."""
         numel = sum(parameter.numel() for _, parameter in self.matrices(layer))
-        return numel // layer.r[self.name] or int(layer.in_features + layer.out_features)
+        return int(numel // layer.r[self.name] or layer.in_features + layer.out_features)
 
     def free_layers(self, block: str) -> dict[str, LoraLayer]:
         """The layers below `block` that no pattern of the user's names."""
@@ -199,9 +199,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, plan: RankPlan | None) -> 
     """`model` in a new LoRA adapter made of `config`, with the ranks of `plan` if there is one.
 
     Raises:
-        PlanError: see `with_plan`. Nothing was changed.
+        PlanError: see `planned_config`. Nothing was changed.
     """
-    wrapped = get_peft_model(model, copy.copy(config) if plan is None else with_plan(config, plan, model))
+    wrapped = get_peft_model(model, copy.copy(config) if plan is None else planned_config(config, plan))
     adapter = replace(require_adapter(wrapped), config=config)
     if plan is None:
         ranks = {name: layer.r[adapter.name] for name, layer in adapter.layers.items()}

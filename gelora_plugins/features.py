@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -17,19 +16,26 @@ from tqdm.auto import tqdm
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
-from gelora_plugins.layout import HOW_TO_REGISTER, ModelLayout, unwrap
-from gelora_plugins.probe_set import IGNORED_LABEL, Batch, ProbeSet
+from gelora_plugins.inputs import backbone_inputs, fit_mask, token_masks
+from gelora_plugins.layout import HOW_TO_REGISTER, OWN_RANKS, ModelLayout, unwrap
+from gelora_plugins.probe_set import Batch, ProbeSet
 from gelora_plugins.processes import ALONE, Processes, blaming
 from gelora_plugins.storage import FeatureStore, own_pages
 
 logger = logging.getLogger(__name__)
 
+_TEXT = {"input_ids", "attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask"}
 Pooling = Callable[[Tensor, Tensor], Tensor]
 Autocast = Callable[[], AbstractContextManager[Any]]
 HOW_TO_MEASURE = (
     "GeLoRA calls the model without its head, with what the batch holds and without labels. If training gives it more, "
     "such as in a compute_loss of your own, give the model that as its default, or make a plan from rows that it takes "
     "and pass plan=..."
+)
+
+NOT_TOKENS = (
+    "GeLoRA cannot measure blocks that pass on anything else than one vector for each token of the inputs, in their "
+    f"order. {OWN_RANKS.removeprefix('Or ').capitalize()}"
 )
 
 
@@ -86,8 +92,8 @@ def read_documents(
         if size == 1:
             raise ProbeError(
                 "Memory ran out in a forward pass with one document. Lower probe_max_length (now "
-                f"{config.probe_max_length}), load the model in bfloat16 or 4 bits, or make the plan on a device with "
-                "more memory and pass plan=..."
+                f"{config.probe_max_length}; it cuts text, not images or sounds), load the model in bfloat16 or 4 "
+                "bits, or make the plan on a device with more memory and pass plan=..."
             )
         size //= 2
         logger.warning("Memory ran out while GeLoRA measured; trying again with %d documents in a batch.", size)
@@ -153,9 +159,8 @@ def reading(
     """
     root = unwrap(model)
     backbone = root.get_submodule(layout.backbone)
-    accepted = inspect.signature(backbone.forward).parameters
     device = input_device(backbone)
-    recorder = _Recorder(layout, pooling)
+    recorder = _Recorder(backbone, layout, pooling)
 
     def read(batch: Batch) -> tuple[list[Tensor], int]:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
@@ -163,17 +168,11 @@ def reading(
             return forward(batch)
 
     def forward(batch: Batch) -> tuple[list[Tensor], int]:
-        inputs = {name: value.to(device) for name, value in with_decoder_inputs(root, batch).items()}
-        arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name in accepted}
-        arguments.pop("labels", None)  # a model that is its own backbone, T5 with its head, would make a loss
-        if not arguments:
-            raise ProbeError(
-                f"A batch has {', '.join(inputs) or 'no tensors'}; expected inputs that {type(backbone).__name__} "
-                f"takes, such as {', '.join(list(accepted)[:3])}."
-            )
-        if "use_cache" in accepted:
-            arguments["use_cache"] = False
-        recorder.begin_batch(_masks(inputs, layout))
+        inputs = {name: value.to(device) for name, value in batch.items()}
+        arguments = backbone_inputs(root, backbone, inputs)
+        if inputs.keys() <= _TEXT:  # a model that reads images as well replaces the ids that stand for them
+            _check_ids(root, arguments)
+        recorder.begin_batch(token_masks({**inputs, **arguments}, len(layout.stacks)))
         with autocast():
             backbone(**arguments)
         return recorder.end_batch()
@@ -211,42 +210,31 @@ def _shorten_head(model: nn.Module) -> Callable[[], None]:
     return head.register_forward_pre_hook(one_token).remove  # type: ignore[no-any-return]
 
 
-def with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
-    """`batch` with the decoder's inputs, which an encoder-decoder model of transformers makes from the labels."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return batch
-    if "labels" in batch and "decoder_attention_mask" not in batch:  # collators make none
-        batch = {**batch, "decoder_attention_mask": batch["labels"] != IGNORED_LABEL}
-    if "decoder_input_ids" in batch:
-        return batch
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None or "labels" not in batch:
-        raise ProbeError(
-            f"{type(model).__name__} needs decoder inputs; expected `decoder_input_ids` in the batch, or `labels` "
-            "and a model that can shift them (one with a language-model head)."
-        )
-    # Models fill ignored labels with the padding token themselves.
-    return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
-
-
-def _masks(inputs: Batch, layout: ModelLayout) -> list[Tensor | None]:
-    """For each stack which tokens are real: (documents, tokens) bool. None, as for images, means that all are."""
-    masks: list[Tensor | None] = []
-    for prefix, _ in zip(("", "decoder_"), layout.stacks, strict=False):
-        mask = inputs.get(f"{prefix}attention_mask")
-        if mask is None or mask.dim() != 2:
-            ids = inputs.get(f"{prefix}input_ids")
-            mask = None if ids is None else torch.ones_like(ids)
-        if mask is not None and not mask.bool().any(dim=1).all():
-            raise ProbeError("A document of the training data has no tokens; leave empty rows out.")
-        masks.append(None if mask is None else mask.bool())
-    return masks
+def _check_ids(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Raises ProbeError where a token id has no embedding: on a GPU that ends the process, on a CPU it names no id."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return
+    count = getattr(embeddings, "num_embeddings", None)
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = inputs.get(name)
+        if ids is None or not isinstance(count, int):
+            continue
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            raise ProbeError(
+                f"{name} has the token {low if low < 0 else high}, and the model's vocabulary the tokens 0 to "
+                f"{count - 1}. Use the tokenizer that belongs to the model, or resize the model's embeddings for the "
+                "tokens that were added (resize_token_embeddings)."
+            )
 
 
 class _Recorder:
     """Pools hidden states in forward hooks, so that no full hidden state outlives its block."""
 
-    def __init__(self, layout: ModelLayout, pooling: Pooling) -> None:
+    def __init__(self, backbone: nn.Module, layout: ModelLayout, pooling: Pooling) -> None:
+        self.backbone = backbone
         self.layout = layout
         self.pooling = pooling
         self.masks: list[Tensor | None] = []
@@ -280,11 +268,13 @@ class _Recorder:
         shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else ()
         if mask is None and len(shape) == 3:
             mask = self.masks[stack] = torch.ones(shape[:2], dtype=torch.bool)
+        elif mask is not None and len(shape) == 3 and mask.shape != shape[:2]:
+            mask = self.masks[stack] = fit_mask(mask, shape[1], self.backbone)
         if mask is None or len(shape) != 3 or shape[:2] != mask.shape:
             expected = f" with documents and tokens {tuple(mask.shape)}" if mask is not None else ""
             raise ProbeError(
                 f"The hidden state at boundary {boundary} is {shape or type(hidden).__name__}; expected (documents, "
-                f"tokens, features){expected}."
+                f"tokens, features){expected}. {NOT_TOKENS}"
             )
         if self.seen[boundary]:
             raise LayoutError(
@@ -327,7 +317,9 @@ class _Recorder:
         missing = [boundary for boundary, seen in enumerate(self.seen) if not seen]
         if missing:
             raise LayoutError(
-                f"Boundaries {missing} were not passed in the forward pass of the backbone. {HOW_TO_REGISTER}"
+                f"Boundaries {missing} were not passed in the forward pass of the backbone. Where its blocks read what "
+                "the rows lack, such as images, train on rows that have it, with the collator that makes a batch of "
+                f"them. Otherwise leave those blocks out. {HOW_TO_REGISTER}"
             )
         masks = [mask for mask in self.masks if mask is not None]
         points = [room[: len(masks[0])] for room in self.points if room is not None]

@@ -1,4 +1,4 @@
-"""LoRA configurations, before there is an adapter: what one would adapt, and one with the ranks of a plan."""
+"""LoRA configurations, before there is an adapter: which can be counted, and one with the ranks of a plan."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from gelora_plugins.errors import ApplyError, LayoutError, PlanError
 from gelora_plugins.layout import ModelLayout
-from gelora_plugins.plugins import find_layout
-from gelora_plugins.ranks import RankPlan, Site, layout_sites
+from gelora_plugins.ranks import RankPlan
 
 IN_PLACE_ROUTE = (
     "Make the adapter first, with get_peft_model(model, config); GeLoRA then gives it its ranks in place, with "
@@ -43,35 +40,8 @@ def matches_pattern(config: LoraConfig, name: str) -> bool:
     )
 
 
-def config_sites(layout: ModelLayout, config: LoraConfig) -> tuple[Site, ...]:
-    """The sites that `config` would adapt on a model without an adapter, by PEFT's own rules.
-
-    Raises:
-        LayoutError: it would adapt none, or has no target modules and PEFT has no default for the model, or what it
-            adapts can only be known once the adapter is made.
-    """
-    _check_countable(layout, config)
-    resolved = copy.copy(config)
-    if resolved.target_modules is None:
-        resolved.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(layout.model_type)
-        if resolved.target_modules is None:
-            raise LayoutError(
-                f"PEFT has no default target modules for {layout.model_type!r} models; expected target_modules in the "
-                'LoRA configuration, "all-linear" for example.'
-            )
-    elif isinstance(resolved.target_modules, str) and resolved.target_modules.lower() == "all-linear":
-        resolved.target_modules = {linear.name for block in layout.blocks for linear in block.linears}
-    sites = layout_sites(
-        layout,
-        lambda name: bool(check_target_module_exists(resolved, name)) and not matches_pattern(config, name),
-    )
-    if not sites:
-        raise LayoutError(f"target_modules={config.target_modules!r} names no linear map in the transformer blocks.")
-    return sites
-
-
-def _check_countable(layout: ModelLayout, config: LoraConfig) -> None:
-    """Raises LayoutError when a layout of linear maps does not show all that `config` adapts."""
+def check_countable(layout: ModelLayout, config: LoraConfig) -> None:
+    """Raises LayoutError when what `config` adapts is only known once the adapter is made."""
     if config.layer_replication:
         raise LayoutError(
             f"layer_replication={config.layer_replication} makes blocks that the model does not have yet, so their "
@@ -99,20 +69,13 @@ def _becomes_fused(model_type: str, config: LoraConfig) -> bool:
     return bool(probe.target_parameters)
 
 
-def with_plan(config: LoraConfig, plan: RankPlan, model: nn.Module | None = None) -> LoraConfig:
+def planned_config(config: LoraConfig, plan: RankPlan) -> LoraConfig:
     """A copy of `config` with the ranks of `plan`; modules that the user's own patterns name stay the user's.
 
-    Args:
-        model: the model, without an adapter, that `config` is for. PEFT ignores patterns that match no module, so a
-            plan of another model is noticed only where this is given, or by `check_plan` once the adapter is made.
-
     Raises:
-        PlanError: the plan keeps another scaling than `config` has, has ranks that `config` cannot take, or is not
-            for the blocks and target modules that `config` adapts in `model`.
+        PlanError: the plan keeps another scaling than `config` has, or has ranks that `config` cannot take.
     """
     config = users_config(config)
-    if model is not None:
-        plan.check_sites(config_sites(find_layout(model), config))
     blocks = {block.name: [linear.name for linear in block.linears] for block in plan.profile.layout.blocks}
     odd = [site.name for site, rank in zip(plan.sites, plan.ranks, strict=True) if rank % 2]
     if config.init_lora_weights == "orthogonal" and odd:
@@ -124,7 +87,7 @@ def with_plan(config: LoraConfig, plan: RankPlan, model: nn.Module | None = None
 
 
 def with_patterns(config: LoraConfig, plan: RankPlan, modules: Mapping[str, list[str]]) -> LoraConfig:
-    """`with_plan`, for the modules of each block.
+    """`planned_config`, for the modules of each block.
 
     Where a block has modules of the user's its other modules get a key each: the first match wins, but
     `save_pretrained` sorts the keys (PEFT 0.21), so no key of ours may match a module of the user's. EVA alone matches

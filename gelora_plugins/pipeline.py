@@ -9,21 +9,22 @@ from functools import partial
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
-from gelora_plugins import plugins
+from gelora_plugins import generators, plugins
 from gelora_plugins.adapter import find_adapter
 from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
 from gelora_plugins.errors import DimensionError
 from gelora_plugins.features import Autocast, leaving_no_trace, read_documents
+from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import ModelLayout, unwrap
-from gelora_plugins.lora_config import config_sites
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions, make_plan
 from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
 from gelora_plugins.processes import ALONE, Processes, blaming
 from gelora_plugins.provenance import model_fingerprint, model_name, other_model
 from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.rehearsal import config_sites
 from gelora_plugins.storage import FeatureStore
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def select_ranks(
 
     Args:
         model: a model without an adapter, or a PEFT model whose LoRA adapter has not been trained.
-        dataset: the training rows, with `input_ids`; others need a `collator`.
+        dataset: the training rows, with `input_ids`; others need a `collator`. A bare iterator is used up as far as it
+            is read, and a data set that would lose its rows so is refused.
         config: the options.
         lora_config: for a model without an adapter, the configuration it will get; the default adapts every
             linear map of the blocks with PEFT's default `r` and `lora_alpha`.
@@ -78,20 +80,13 @@ def select_ranks(
             lora_config, sites = adapter.config, adapter.sites(layout)
         else:
             lora_config = lora_config or _default_lora_config()
-            sites = config_sites(layout, lora_config)
+            sites = config_sites(model, layout, lora_config)
     r, lora_alpha, use_rslora = lora_config.r, lora_config.lora_alpha, lora_config.use_rslora
     if config.plan is not None:
         return processes.decide(partial(_load_plan, config.plan, model, sites, r, lora_alpha, use_rslora))
-    profile = measure(
-        model,
-        dataset,
-        config,
-        layout=layout,
-        collator=collator,
-        progress=progress,
-        processes=processes,
-        autocast=autocast,
-    )
+    how: dict[str, Any] = {"layout": layout, "collator": collator, "progress": progress, "processes": processes}
+    with generators.kept(dataset, collator):
+        profile = measure(model, dataset, config, **how, autocast=autocast)
     return processes.decide(lambda: make_plan(profile, config, sites, r, lora_alpha=lora_alpha, use_rslora=use_rslora))
 
 
@@ -138,7 +133,7 @@ def measure(
         plugins.find("estimator", config.estimator)
         pooling = plugins.find("pooling", config.pooling)
         layout = layout or find_layout(model)
-        probe_set = _choose(model, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
+        probe_set = _choose(model, layout, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
     counts = processes.decide(lambda: _growing(probe_set.num_documents, config))
     origin = {
         "layout": layout,
@@ -170,10 +165,13 @@ def measure(
     return profile
 
 
-def _choose(model: nn.Module, dataset: Any, config: GeLoRAConfig, collator: Collator | None) -> ProbeSet:
-    advice = "Mend what reads the rows, or pass rows that can be read."
+def _choose(
+    model: nn.Module, layout: ModelLayout, dataset: Any, config: GeLoRAConfig, collator: Collator | None
+) -> ProbeSet:
+    root, advice = unwrap(model), "Mend what reads the rows, or pass rows that can be read."
+    model_config, accepted = getattr(root, "config", None), accepted_inputs(root, layout)
     with leaving_no_trace(model), blaming("Reading the training data", advice):  # which may augment rows at random
-        probe_set = choose_documents(dataset, config, getattr(unwrap(model), "config", None), collator)
+        probe_set = choose_documents(dataset, config, model_config, collator, accepted)
     if probe_set.num_documents < MIN_POINTS:
         raise DimensionError(
             f"The training data has {probe_set.num_documents} distinct documents ({probe_set.num_repeats} repeats were "

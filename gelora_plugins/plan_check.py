@@ -1,4 +1,4 @@
-"""Whether the adapter of a model is the one that a plan describes."""
+"""Whether a plan is for a model and its LoRA configuration, and an adapter the one that the plan describes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,32 @@ from typing import TYPE_CHECKING
 
 from gelora_plugins.adapter import planned_ranks, require_adapter
 from gelora_plugins.errors import PlanError
-from gelora_plugins.lora_config import without_plan
+from gelora_plugins.lora_config import planned_config, users_config, without_plan
 from gelora_plugins.plugins import find_layout
+from gelora_plugins.rehearsal import config_sites
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import nn
 
     from gelora_plugins.ranks import RankPlan
+
+
+def with_plan(config: LoraConfig, plan: RankPlan, model: nn.Module | None = None) -> LoraConfig:
+    """A copy of `config` with the ranks of `plan`; modules that the user's own patterns name stay the user's.
+
+    Args:
+        model: the model, without an adapter, that `config` is for. PEFT ignores patterns that match no module, so a
+            plan of another model is noticed only where this is given, or by `check_plan` once the adapter is made.
+
+    Raises:
+        PlanError: the plan keeps another scaling than `config` has, has ranks that `config` cannot take, or is not
+            for the blocks and target modules that `config` adapts in `model`.
+        LayoutError: see `config_sites`.
+    """
+    if model is not None:
+        plan.check_sites(config_sites(model, find_layout(model), users_config(config)))
+    return planned_config(config, plan)
 
 
 def check_plan(model: nn.Module, plan: RankPlan) -> None:

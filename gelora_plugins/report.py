@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import platform
-import re
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gelora_plugins import records
+from gelora_plugins.text import label, markdown, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +60,7 @@ class RankReport:
         ]
         if self.trainable_before is not None and self.trainable_after is not None:
             lines.append(f"Trainable parameters: {self.trainable_before:,} before, {self.trainable_after:,} after.")
-        return lines + list(profile.notes())
+        return [printable(line) for line in (*lines, *profile.notes())]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values: the plan, the totals, and the versions of the packages that made it."""
@@ -77,9 +77,9 @@ class RankReport:
     def to_markdown(self) -> str:
         """The table and the lines below it."""
         rows = [_COLUMNS, tuple("---" for _ in _COLUMNS)]
-        rows += [(_escaped(name), *numbers) for name, *numbers in _rows(self.plan)]
+        rows += [(markdown(name), *numbers) for name, *numbers in _rows(self.plan)]
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return f"# LoRA ranks by GeLoRA\n\n{table}\n\n" + "".join(f"{_escaped(line)}\n\n" for line in self.lines())
+        return f"# LoRA ranks by GeLoRA\n\n{table}\n\n" + "".join(f"{markdown(line)}\n\n" for line in self.lines())
 
     def write(self, output_dir: str | os.PathLike[str]) -> list[Path]:
         """Write plan.json, report.json, report.md and, where matplotlib is installed, ranks.png; return the paths."""
@@ -143,11 +143,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _escaped(text: str) -> str:
-    """`text` for Markdown: names of modules and plugins are anybody's, and may look like a table, HTML or a link."""
-    return re.sub(r"([\\`*<>\[\]|&])", r"\\\1", " ".join(text.split()))
-
-
 def _fullness(plan: RankPlan) -> list[str]:
     """Which ranks were held to what the matrices can hold, and what that leaves of a budget."""
     full = plan.full_sites()
@@ -200,17 +195,17 @@ def _rows(plan: RankPlan) -> list[tuple[str, ...]]:
 def plan_table(plan: RankPlan) -> Table:
     """The plan as a rich table: block, dimension in and out with interval, rank and how sure it is, LoRA parameters."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         title="LoRA ranks by GeLoRA\n", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False
     )
     for column in _COLUMNS:
-        head = column.replace(" ", "\n")  # narrow, so that names of 15 letters are whole on 80 columns
-        table.add_column(head, justify="left" if column == "block" else "right", no_wrap=column != "block")
+        head = column.replace(" ", "\n")  # narrow: with names of 15 letters a line has less than 80 columns
+        table.add_column(head, justify="left" if column == "block" else "right", no_wrap=True)
     for row in _rows(plan):
-        table.add_row(*map(escape, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     table.add_section()
     mean = sum(plan.ranks) / len(plan.ranks)
     table.add_row("all (mean rank)", "", "", f"{mean:.2f}", "", f"{plan.num_parameters:,}")
@@ -218,11 +213,11 @@ def plan_table(plan: RankPlan) -> Table:
 
 
 def render(table: Table) -> str:
-    """A rich table as plain text."""
+    """A rich table as plain text, as wide as its cells are: rich cuts names to fit a narrow terminal."""
     from rich.console import Console
 
     text = io.StringIO()
-    Console(file=text, width=120, color_system=None).print(table)
+    Console(file=text, width=10**6, color_system=None).print(table)
     return text.getvalue()
 
 
@@ -241,11 +236,11 @@ def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     profile = plan.profile
     _draw_dimensions(profile, above)
     _draw_ranks(plan, below)
-    above.set_title(
+    title = (
         f"{profile.layout.model_type}: {profile.num_documents} documents, {profile.pooling} pooling, "
-        f"{profile.estimator}; ranks by {plan.policy}",
-        parse_math=False,
+        f"{profile.estimator}; ranks by {plan.policy}"
     )
+    above.set_title(label(title))
     below.set_xlabel("block (each boundary lies between two blocks)")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)

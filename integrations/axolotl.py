@@ -41,9 +41,9 @@ class GeLoRAArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_gelora(cls, data: Any) -> Any:
-        """Refuse a bad `gelora` section, and an adapter that has no LoRA ranks, before a model is loaded."""
+        """Refuse what can give no ranks before a model is loaded: a bad section, no LoRA adapter, no documents."""
         if isinstance(data, Mapping):
-            read_section(data)
+            check_documents(data, read_section(data))
             if data.get("adapter") not in ADAPTERS:
                 raise ConfigError(
                     f"adapter is {data.get('adapter')!r}, and `plugins` lists gelora, which chooses LoRA ranks; "
@@ -97,7 +97,7 @@ class GeLoRAPlugin(BasePlugin):
         config = read_section(cfg)
         if config.plan is None:
             return {}
-        from gelora_plugins.lora_config import with_plan
+        from gelora_plugins.plan_check import with_plan
         from gelora_plugins.ranks import RankPlan
 
         try:
@@ -173,6 +173,19 @@ def read_section(cfg: Mapping[str, Any]) -> GeLoRAConfig:
         message = str(error)
         raise ConfigError(message if message.startswith(SECTION) else f"{SECTION}.{message}") from None
     return config
+
+
+def check_documents(cfg: Mapping[str, Any], config: GeLoRAConfig) -> None:
+    """Raises ConfigError where there will be no documents to measure on, and no plan says the ranks."""
+    rl = getattr(cfg.get("rl"), "value", cfg.get("rl"))
+    # Axolotl 0.19 and 0.21: these trainers are GRPO's, except for EBFT's in its mode "strided", which reads text.
+    writes = rl in ("gdpo", "grpo") or (rl == "ebft" and (cfg.get("ebft") or {}).get("mode") != "strided")
+    if writes and config.plan is None and config.on_failure == "raise":
+        raise ConfigError(
+            f"rl is {rl}: it writes what it trains on while it trains, so there is nothing to measure before. Make a "
+            "plan from documents that are like it (gelora probe MODEL DATA -o profile.json, then gelora plan "
+            f"profile.json -o plan.json, with your lora_r and lora_alpha), and set `{SECTION}: {{plan: plan.json}}`."
+        )
 
 
 def lora_config(cfg: Mapping[str, Any]) -> LoraConfig:

@@ -6,12 +6,13 @@ Apart from the plugin, because `axolotl --help` imports the module of every subc
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gelora_plugins.errors import ApplyError, GeLoRAError
+from gelora_plugins.errors import ApplyError, ConfigError
+from gelora_plugins.mistakes import sentence
+from gelora_plugins.text import printable
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 PLUGIN = "gelora_plugins.GeLoRAPlugin"
 # Axolotl 0.21 overrides the same keys to load a model in one piece when it merges (cli/merge_lora.py).
 UNSHARDED = {"deepspeed": None, "fsdp": None, "fsdp_config": None}
+
+
+class Refusal(click.ClickException):
+    """One sentence on stderr, and the exit code of `gelora` for a user's error."""
+
+    exit_code = 2
 
 
 @click.command()
@@ -36,8 +43,11 @@ def gelora(config: str, output: str | None) -> None:
 
     try:
         plan, written = choose(config)
-    except GeLoRAError as error:
-        raise click.ClickException(str(error)) from error
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        raise Refusal(printable(said)) from error
     show(RankReport(plan))
     if output is not None:
         plan.save(output)
@@ -58,7 +68,10 @@ def choose(config: str) -> tuple[RankPlan, LoraConfig]:
     from axolotl.train import setup_model_and_trainer
     from gelora_plugins.integrations.axolotl import GeLoRAPlugin, is_named, lora_config
 
-    written = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    with open(config, encoding="utf-8") as file:
+        written = yaml.safe_load(file) or {}
+    if not isinstance(written, dict):
+        raise ConfigError(f"{config} holds a {type(written).__name__}; expected a configuration of Axolotl.")
     plugins = list(written.get("plugins") or [])
     if not is_named(written):
         plugins.append(PLUGIN)
@@ -85,7 +98,7 @@ def patterns_yaml(plan: RankPlan, config: LoraConfig) -> str:
     """
     import yaml
 
-    from gelora_plugins.lora_config import with_plan
+    from gelora_plugins.plan_check import with_plan
 
     planned = with_plan(config, plan)
     if not all(isinstance(alpha, int) for alpha in planned.alpha_pattern.values()):

@@ -32,7 +32,7 @@ from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError
 from gelora_plugins.lora_config import check_initialisation, without_plan
 from gelora_plugins.pipeline import select_ranks
-from gelora_plugins.plan_check import check_plan
+from gelora_plugins.plan_check import check_plan, with_plan
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import make_plan
 from gelora_plugins.processes import ALONE, Processes, blaming
@@ -164,7 +164,8 @@ class RankSelection:
         """Whether the model that the trainer has now, with the adapter it has now, is one whose ranks were settled."""
         if self._settled is None or self.trainer.model is None:
             return False
-        model = extract_model_from_parallel(self.trainer.model)  # FSDP puts its wrapper there (transformers 5.23)
+        # FSDP puts its wrapper there (transformers 5.23).
+        model: nn.Module = extract_model_from_parallel(self.trainer.model)
         return self._settled() is model and self._adapter == _adapter_name(model)
 
     def _is_built(self, model: nn.Module) -> bool:
@@ -247,6 +248,8 @@ class RankSelection:
                 return add_adapter(model, self.checkpoint.config, None)
             return model, apply_config(model, self.checkpoint.config)
         if bare and self.lora_config is not None:
+            if self.plan is not None:
+                with_plan(self.lora_config, self.plan, model)  # a trial's model may have other blocks
             return add_adapter(model, self.lora_config, self.plan)
         if self.plan is None or self._is_built(model):
             return model, AppliedPlan({}, ())
@@ -288,7 +291,7 @@ class RankSelection:
         trainer = self.trainer
         processes = self._processes()
         with processes.together():
-            collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+            collator = _collator(trainer)
             with blaming("Reading the training data", "Mend what reads the rows, or pass rows that can be read."):
                 documents = _documents(trainer, collator) if self.config.plan is None else None
         return select_ranks(
@@ -337,9 +340,23 @@ class RankSelection:
         return resume_from_checkpoint
 
 
+def _is_of_trl(trainer: Trainer) -> bool:
+    return any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
+
+
+def _collator(trainer: Trainer) -> Any:
+    """What makes a batch of the training rows; a pair with images, which TRL's DPO trainer takes, counts once."""
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    if _is_of_trl(trainer):
+        from .trl import first_of_each_pair
+
+        return first_of_each_pair(collator)
+    return collator
+
+
 def _documents(trainer: Trainer, collator: Any) -> Any:
     """The training rows; those of TRL's preference trainers have no `input_ids` yet."""
-    if any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
+    if _is_of_trl(trainer):
         from .trl import documents
 
         return documents(trainer, collator)

@@ -141,7 +141,7 @@ def problems(draw, equal_costs):
     return [first, *rest], costs, draw(st.integers(1, 300))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(equal_costs=False))
 def test_budget_is_never_exceeded_and_every_rank_is_within_one_of_its_share(problem):
     stack, costs, base_rank = problem
@@ -154,7 +154,7 @@ def test_budget_is_never_exceeded_and_every_rank_is_within_one_of_its_share(prob
     assert all(abs(rank - share) <= 1 + 1e-6 for rank, share in zip(ranks, exact, strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(equal_costs=True))
 def test_budget_is_spent_exactly_and_in_the_order_of_the_needs_where_all_costs_are_equal(problem):
     stack, costs, base_rank = problem

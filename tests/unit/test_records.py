@@ -353,7 +353,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(path=st.sampled_from(list(leaves(as_json(PLAN)))), value=values)
 def test_a_plan_with_any_one_value_changed_is_read_as_it_stands_or_refused(path, value):
     data = changed(path, value)
@@ -388,7 +388,7 @@ def test_a_plan_with_any_one_key_missing_is_refused(path):
 # --- writing
 
 
-@pytest.mark.parametrize("function", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, error):
     path = tmp_path / "plan.json"
@@ -424,11 +424,13 @@ def test_a_write_replaces_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_a_written_file_has_the_rights_that_the_user_gives_new_files(tmp_path, mask, mode):
-    old = os.umask(mask)
+def test_a_written_file_has_the_rights_that_the_user_gives_new_files(tmp_path, monkeypatch, mask, mode):
+    old, changed = os.umask(mask), []
     try:
-        make_plan().save(tmp_path / "plan.json")
-        assert os.umask(mask) == mask
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", changed.append)  # another thread would make files with the changed one
+            make_plan().save(tmp_path / "plan.json")
     finally:
         os.umask(old)
+    assert changed == []
     assert stat.S_IMODE((tmp_path / "plan.json").stat().st_mode) == mode
