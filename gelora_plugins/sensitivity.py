@@ -277,7 +277,11 @@ def _profile(
     setting: Setting,
 ) -> DimensionProfile:
     """The profile in one setting; `facts` are what all settings share, `started` is when the first began."""
-    how = {"estimator": setting.estimator, "pooling": setting.pooling, "standardise": setting.standardise}
+    how: dict[str, Any] = {
+        "estimator": setting.estimator,
+        "pooling": setting.pooling,
+        "standardise": setting.standardise,
+    }
     rows = _rows(points.num_filled, setting, facts["seed"])
     estimates, num_repeated_points = estimate_dimensions(
         _Points(points, poolings, setting.pooling, rows),
