@@ -119,9 +119,13 @@ def adapted(base: nn.Module, plan: Path | None = None) -> PeftModel:
 
 
 def train_sharded(directory: Path, how: str) -> None:
-    """Train with `plan.json` and save the adapter; `here-RANK.json`: parameter -> (numbers here, numbers in all)."""
+    """Train with `plan.json`, which the callback compares with the adapter, and save the adapter.
+
+    `here-RANK.json`: parameter -> (numbers here, numbers in all).
+    """
     args, base = sharded(how, directory)
-    trainer = Trainer(model=adapted(base, directory / "plan.json"), args=args, train_dataset=rows())
+    model, callback = adapted(base, directory / "plan.json"), GeLoRACallback(plan=str(directory / "plan.json"))
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), callbacks=[callback])
     trainer.train()
     here = {
         name: [p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel()]
@@ -129,6 +133,18 @@ def train_sharded(directory: Path, how: str) -> None:
     }
     (directory / f"here-{rank()}.json").write_text(json.dumps(here))
     trainer.save_model(str(directory / "adapter"))
+    part()
+
+
+def train_sharded_with_another_plan(directory: Path, how: str) -> None:
+    """Train an adapter that has not the ranks of `plan.json`; `refused-RANK` has the error."""
+    args, base = sharded(how, directory)
+    callback = GeLoRACallback(plan=str(directory / "plan.json"))
+    trainer = Trainer(model=adapted(base), args=args, train_dataset=rows(), callbacks=[callback])
+    try:
+        trainer.train()
+    except GeLoRAError as error:
+        (directory / f"refused-{rank()}").write_text(f"{type(error).__name__}: {error}")
     part()
 
 

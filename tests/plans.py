@@ -73,12 +73,12 @@ def make_plan(
 
 def plan_for(model, ranks, config):
     """A plan with these ranks, one per block, for the adapter that `config` makes on `model`; nothing is measured."""
-    from gelora_plugins.lora_config import config_sites
     from gelora_plugins.plugins import find_layout
+    from gelora_plugins.rehearsal import config_sites
 
     layout = find_layout(model)
     return RankPlan(
-        sites=config_sites(layout, config),
+        sites=config_sites(model, layout, config),
         ranks=tuple(ranks),
         base_rank=config.r,
         lora_alpha=config.lora_alpha,

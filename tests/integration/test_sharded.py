@@ -51,6 +51,15 @@ def test_a_sharded_model_trains_with_the_ranks_of_a_plan_as_one_that_is_whole(
     torch.testing.assert_close(saved, dict(after), rtol=1e-4, atol=1e-6)
 
 
+def test_an_adapter_of_a_sharded_model_that_is_not_the_plans_is_refused(tmp_path: Path, plan: RankPlan) -> None:
+    ran = run_together(tmp_path, 2, groups.train_sharded_with_another_plan, "transformers")
+    assert ran == [0, 0], said(tmp_path).read_text()
+    for rank in range(2):
+        words = (tmp_path / f"refused-{rank}").read_text()
+        assert words.startswith("PlanError: ")
+        assert "target modules have another rank or scaling than the plan gives them" in words
+
+
 @pytest.mark.parametrize("how", ["accelerate", "transformers"])
 def test_a_sharded_model_is_refused_in_place_in_every_process_with_the_way_out(tmp_path: Path, how: str) -> None:
     build("llama").save_pretrained(tmp_path / "base")
