@@ -1,5 +1,6 @@
 """GeLoRA in TRL with SmolLM2-135M: SFTTrainer, `gelora sft` as a process of its own, QLoRA, SIGKILL and resume."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -40,6 +41,7 @@ OPTIONS = {
     "gradient_checkpointing": False,
 }
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}  # TRL's script says 0.05
+SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 GELORA = {"policy": "budget", "probe_samples": SAMPLES}
 
 
@@ -77,6 +79,21 @@ def trainer_for(file: Path, directory: Path, quantization: Any = None, **options
         peft_config=LoraConfig(**LORA),
         gelora=GeLoRAConfig(**GELORA),
     )
+
+
+@pytest.fixture(scope="module")
+def script(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Trains on rows of a kind in this process, once for all tests; the directory of what it saved."""
+
+    @functools.cache
+    def trained(kind: str) -> Path:
+        directory = tmp_path_factory.mktemp("script")
+        trainer = trainer_for(files[kind], directory, **SAVING)
+        trainer.train()
+        trainer.save_model()
+        return directory
+
+    return trained
 
 
 def sft_options(file: Path, directory: Path, **options: Any) -> list[str]:
@@ -133,24 +150,21 @@ def check_same(one: RankPlan, other: RankPlan) -> None:
     assert max(abs(mine - theirs) for mine, theirs in zip(one.ranks, other.ranks, strict=True)) <= 1
 
 
-def losses(directory: Path) -> dict[int, float]:
-    """Training loss by step, from the last checkpoint."""
-    state = max(directory.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
-    return {entry["step"]: entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry}
+def losses(checkpoint: Path) -> dict[int, float]:
+    """Training loss by step."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
 @pytest.mark.parametrize(("kind", "command"), [("prompt-completion", CLI), ("chat", LAUNCHED)], ids=["cli", "launched"])
 def test_script_and_command_save_the_same_planned_ranks(
-    kind: str, command: list[str], files: dict[str, Path], tmp_path: Path
+    kind: str, command: list[str], files: dict[str, Path], script: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Two runs, one in this process and one of `gelora sft`, with one seed."""
-    trainer = trainer_for(files[kind], tmp_path / "script")
-    trainer.train()
-    trainer.save_model()
-    plan = plan_of(tmp_path / "script")
-    check_ranks(tmp_path / "script", plan)
+    plan = plan_of(script(kind))
+    check_ranks(script(kind), plan)
 
-    output = run([*command, *sft_options(files[kind], tmp_path / "command")])
+    output = run([*command, *sft_options(files[kind], tmp_path / "command", max_steps=1)])
     assert "LoRA ranks by GeLoRA" in output
     again = plan_of(tmp_path / "command")
     check_ranks(tmp_path / "command", again)
@@ -173,7 +187,7 @@ def test_packed_documents_have_the_profile_of_unpacked_ones(files: dict[str, Pat
 
 def test_qlora_keeps_dtype_and_base_and_moves_every_matrix(files: dict[str, Path], tmp_path: Path) -> None:
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    trainer = trainer_for(files["prompt-completion"], tmp_path, quantization, max_steps=5)
+    trainer = trainer_for(files["prompt-completion"], tmp_path, quantization)
     dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if ".lora_" in name}
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
     assert set(dtypes.values()) == {torch.bfloat16}  # trl 1.16 makes it so for quantised models
@@ -196,13 +210,12 @@ def test_qlora_keeps_dtype_and_base_and_moves_every_matrix(files: dict[str, Path
     assert not [name for name, tensor in base.items() if not torch.equal(tensor, after[name])]
 
 
-def test_killed_run_resumes_with_its_ranks(files: dict[str, Path], tmp_path: Path) -> None:
-    steps = {"save_strategy": "steps", "save_steps": 2}
-    whole = trainer_for(files["chat"], tmp_path / "whole", max_steps=4, **steps)
-    whole.train()
-
+def test_killed_run_resumes_with_its_ranks(
+    files: dict[str, Path], script: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = script("chat")
     checkpoint = tmp_path / "killed" / "checkpoint-2"
-    options = sft_options(files["chat"], tmp_path / "killed", **{**steps, "max_steps": 100})
+    options = sft_options(files["chat"], tmp_path / "killed", **{**SAVING, "max_steps": 100})
     process = start(main, options, log=tmp_path / "log.txt")
     deadline = time.monotonic() + HANGS
     while not is_json(checkpoint / "trainer_state.json"):
@@ -215,15 +228,14 @@ def test_killed_run_resumes_with_its_ranks(files: dict[str, Path], tmp_path: Pat
     written, plan = plan_file.stat().st_mtime_ns, plan_of(tmp_path / "killed")
     check_ranks(checkpoint, plan)
 
-    resumed = {**steps, "max_steps": 4, "resume_from_checkpoint": checkpoint}
-    options = sft_options(files["chat"], tmp_path / "killed", **resumed)
+    options = sft_options(files["chat"], tmp_path / "killed", **SAVING, resume_from_checkpoint=checkpoint)
     output = run_forked(main, options, log=tmp_path / "log of the second.txt")
     assert "restored the ranks of the checkpoint" in output
     assert "GeLoRA probe" not in output
     assert plan_file.stat().st_mtime_ns == written
     check_ranks(tmp_path / "killed" / "checkpoint-4", plan)
-    check_same(plan, plan_of(tmp_path / "whole"))
-    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    check_same(plan, plan_of(whole))
+    expected, found = losses(whole / "checkpoint-4"), losses(tmp_path / "killed" / "checkpoint-4")
     assert list(found) == list(expected) == [1, 2, 3, 4]
     # Four steps of 1e-3: they go as far astray as their gradients round, and that is less than the tolerance by far.
     for step, loss in expected.items():
