@@ -108,7 +108,7 @@ class TestNotNamed:
         env = {"PYTHONPATH": str(tmp_path)}
         hidden = workplace.train("hidden", **PLAIN, env=env)
         assert hidden.returncode == 0, hidden.log
-        assert "gelora" not in hidden.log
+        assert "gelora_plugins.GeLoRAPlugin" not in hidden.log  # the folder may be called gelora
         assert hidden.losses == installed.losses
         weights = [run.output_dir / "adapter_model.safetensors" for run in (hidden, installed)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
