@@ -201,6 +201,12 @@ def test_the_standard_error_and_the_interval_follow_from_the_halves(estimator):
     assert estimate.interval == pytest.approx((estimate.value / factor, estimate.value * factor))
 
 
+def test_the_variance_among_halves_is_that_of_independent_spacings():
+    # On all points E_1, with a variance of 1; on a half, in the mean over halves, the sum of 2^-j E_j.
+    of_the_mean = sum(4.0**-j for j in range(1, 50))
+    assert pytest.approx(1 / (2 - of_the_mean)) == VARIANCE_FACTOR
+
+
 @every_estimator
 def test_the_standard_error_is_the_spread_over_other_points(estimator):
     # 60 sets know the spread to 9 % (one standard error); benchmarks/estimators.py measures this on more.

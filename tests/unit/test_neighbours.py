@@ -224,6 +224,16 @@ def test_a_lower_precision_of_products_is_off_during_the_search_and_restored(mon
     assert seen == [["ieee", "ieee"]]
 
 
+def test_before_torch_2_9_the_one_setting_for_all_backends_is_used(monkeypatch):
+    for name in ("cuda", "mkldnn"):
+        monkeypatch.setattr(getattr(torch.backends, name), "matmul", object())
+    setting = ["medium"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
+    neighbour_distances(gaussian(100, 10).float())
+    assert setting == ["medium", "highest", "medium"]
+
+
 def test_the_precision_of_products_is_restored_after_an_error(monkeypatch):
     torch.set_float32_matmul_precision("medium")
     try:
@@ -277,6 +287,14 @@ def test_a_group_of_near_repeats_larger_than_the_list_leaves_one():
     points = gaussian(100, 8)
     points[10:70] = points[10] + 1e-8 * gaussian(60, 8, seed=1)
     assert repeats(points, nearest)[0].nonzero().flatten().tolist() == list(range(11, 70))
+
+
+@pytest.mark.parametrize(("distance", "repeated"), [(0.8e-5, True), (1.2e-5, False)])
+def test_repeats_are_nearer_than_a_hundred_thousandth_of_the_distance_from_the_mean(distance, repeated):
+    points = gaussian(100, 4)
+    from_the_mean = (points - points.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+    near = points[7] + distance * from_the_mean * torch.tensor([0.6, 0.0, -0.8, 0.0])
+    assert repeats(torch.cat([points, near[None]]), nearest)[0].tolist() == [*[False] * 100, repeated]
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
