@@ -16,6 +16,8 @@ from typing import Any
 
 RECORD = Path(__file__).parent / "results" / "mutants.json"
 NOTICED = ("killed", "timeout")  # a mutant that ends in an endless loop is noticed too
+STRICT = re.compile(r",( strict=\w+| )\)")
+EQUAL_LENGTHS = "Both are of one length wherever this is reached: strict=True is there to say so."
 
 
 def mutmut(*arguments: str) -> str:
@@ -24,16 +26,17 @@ def mutmut(*arguments: str) -> str:
     ).stdout
 
 
-def change_of(name: str) -> str:
-    """The lines that the mutant takes out and puts in, in one line."""
-    lines = [line for line in mutmut("show", name).splitlines() if line.startswith(("-", "+"))]
-    return " ".join(f"{line[0]} {line[1:].strip()}" for line in lines if not line.startswith(("---", "+++")))
+def change_of(name: str) -> tuple[str, str]:
+    """The lines that the mutant takes out, and those that it puts in."""
+    diff = [line for line in mutmut("show", name).splitlines() if not line.startswith(("---", "+++"))]
+    out, put = (" ".join(line[1:].strip() for line in diff if line.startswith(sign)) for sign in "-+")
+    return out, put
 
 
 def main() -> int:
     known = json.loads(RECORD.read_text())["modules"] if RECORD.exists() else {}
     reasons = {
-        (survivor["function"], survivor["change"]): survivor["reason"]
+        (survivor["function"], survivor["line"], survivor["mutant"]): survivor["reason"]
         for module in known.values()
         for survivor in module["survivors"]
     }
@@ -45,11 +48,13 @@ def main() -> int:
         if status in NOTICED:
             module["killed"] += 1
             continue
-        change = change_of(name)
-        reason = reasons.get((function, change), "")
-        module["survivors"].append({"function": function, "change": change, "reason": reason, "status": status})
+        line, mutant = change_of(name)
+        reason = reasons.get((function, line, mutant), "")
+        if STRICT.sub(")", line) == STRICT.sub(")", mutant):
+            reason = EQUAL_LENGTHS
+        module["survivors"].append({"function": function, "line": line, "mutant": mutant, "reason": reason})
         if not reason:
-            print(f"{name} ({status}) has no reason: {change}")
+            print(f"{name} ({status}) has no reason:\n  {line}\n  {mutant}")
     totals = {key: sum(module[key] for module in modules.values()) for key in ("mutants", "killed")}
     RECORD.write_text(json.dumps({**totals, "modules": modules}, indent=1, ensure_ascii=False) + "\n")
     print(f"{totals['killed']} of {totals['mutants']} mutants were noticed; {RECORD} has the others.")

@@ -321,3 +321,19 @@ def test_equal_points_cost_no_search():
 
 def test_one_point_has_no_repeats():
     assert repeats(torch.ones(1, 3), nearest)[0].tolist() == [False]
+
+
+@pytest.mark.parametrize(("options", "enough"), [({}, 2), ({"least": 5}, 5)])
+def test_fewer_points_than_asked_for_are_not_searched(options, enough):
+    repeated, found = repeats(gaussian(enough, 3), nearest, **options)
+    assert found is not None
+    assert not repeated.any()
+    repeated, found = repeats(gaussian(enough, 3)[1:], nearest, **options)
+    assert found is None
+    assert not repeated.any()
+
+
+def test_points_without_equal_rows_are_searched_as_they_are():
+    points, searched = gaussian(20, 3), []
+    repeats(points, lambda some: searched.append(some) or nearest(some))
+    assert searched[0] is points, "a copy of the points of a large model is large"

@@ -260,9 +260,15 @@ def test_a_policy_that_does_not_exist_is_an_error_that_lists_those_that_do():
 def test_the_built_in_policies_make_plans_that_say_where_they_come_from(name):
     plan = plan_of(name, base_rank=4)
     assert (plan.policy, plan.rounding, plan.base_rank, plan.lora_alpha) == (name, "nearest", 4, 16)
+    assert plan.use_rslora is False
     assert plan.profile == make_profile(SST2)
     # budget: 24 ranks over needs of 3.2 1.6 1 1.4 2.3 1 are 7.31 3.66 2.29 3.2 5.26 2.29.
     assert plan.ranks == {"gelora": (3, 2, 1, 1, 2, 1), "budget": (8, 4, 2, 3, 5, 2), "uniform": (4,) * 6}[name]
+
+
+def test_a_plan_for_a_rank_stabilised_adapter_says_so():
+    profile = make_profile(SST2)
+    assert make_plan(profile, CONFIG, make_sites(profile), 8, lora_alpha=16, use_rslora=True).use_rslora is True
 
 
 # --- ranks on redraws of the profile
