@@ -1,52 +1,80 @@
 """Does a comparison that was made anew say what the recorded one says? python benchmarks/compare_check.py FOLDER
 
-Scores are the same to the last digit on the recorded machine and versions; elsewhere they move a little, and the sign
-of a difference that nobody can tell from 0 may flip. So only this is an error: a difference that one of the two calls
-better or worse has another sign in the other, or a method has other LoRA parameters. The rest is printed.
+Trainings follow the rounding of the processor: elsewhere scores are other draws from what the seeds vary anyway, and
+the best of two rates that are nearly as good may be the other one. So no digits are compared. An error is: a
+difference is told to be better in one and worse in the other; a score, or a difference, at the recorded rates is
+further from the recorded one than the spread of the seeds of both explains (Welch's t test, Holm's correction, 1 %
+for all of either kind together); a method has other LoRA parameters.
 """
 
 import argparse
-from itertools import combinations
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from machine import RESULTS
+from scipy import stats
 
+from gelora_plugins.compare_methods import TOLERANCE
 from gelora_plugins.compare_report import Comparison
+from gelora_plugins.compare_stats import holm
+
+LEVEL = 0.01
+GRAIN = 0.005  # of a score: seeds that agree by chance do not make half a percent of it significant
 
 
 def check(made: Comparison, recorded: Comparison) -> tuple[list[str], list[str]]:
     """(what was found, what is wrong), one sentence each, for the tasks and methods that both have."""
-    scores = {(r.task, r.row, r.method): r for r in recorded.results}
-    pairs = [(r, scores[r.task, r.row, r.method]) for r in made.results if (r.task, r.row, r.method) in scores]
+    old = {(r.task, r.row, r.method): r for r in recorded.results}
+    new = {name: r for r in made.results if (name := (r.task, r.row, r.method)) in old}
     told = {(c.task, c.row, c.ours, c.theirs): c for c in recorded.contrasts}
-    both = [
-        (c, told[c.task, c.row, c.ours, c.theirs]) for c in made.contrasts if (c.task, c.row, c.ours, c.theirs) in told
-    ]
-    wrong = [] if pairs and both else ["The two have no method in common."]
+    both = [(c, told[key]) for c in made.contrasts if (key := (c.task, c.row, c.ours, c.theirs)) in told]
+    wrong = [str(gap) for gap in made.gaps] + ([] if new and both else ["The two have no method in common."])
     wrong += [
-        f"{new.task}, {new.row}, {new.method}: {new.parameters:,.0f} LoRA parameters, recorded {old.parameters:,.0f}."
-        for new, old in pairs
-        if new.parameters != old.parameters
+        f"{', '.join(name)}: {r.parameters:,.0f} LoRA parameters, recorded {old[name].parameters:,.0f}."
+        for name, r in new.items()
+        if abs(r.parameters - old[name].parameters) >= TOLERANCE * old[name].parameters
     ]
-    wrong += [
-        f"{new}\n  recorded: {old}"
-        for new, old in both
-        if ("equal" not in new.verdict or "equal" not in old.verdict) and new.difference.mean * old.difference.mean <= 0
-    ]
+    opposite = {"better": "worse", "worse": "better"}
+    wrong += [f"{c}\n  recorded: {other}" for c, other in both if opposite.get(c.verdict) == other.verdict]
+
+    same_rate = {name for name, r in new.items() if r.rate == old[name].rate}
+    wrong += _beyond_spread((", ".join(name), new[name].scores, old[name].scores) for name in new if name in same_rate)
+    differences = []
+    for c, _ in both:
+        ours, theirs = (c.task, c.row, c.ours), (c.task, c.row, c.theirs)
+        if {ours, theirs} <= same_rate:
+            pairs = [(r[ours].scores, r[theirs].scores) for r in (new, old)]
+            samples = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
+            differences.append((f"{c.task}, {c.row}: {c.ours} - {c.theirs}", *samples))
+    wrong += _beyond_spread(differences)
     if wrong:
         return [], wrong
-    same = sum(new.scores == old.scores for new, old in pairs)
-    signs = sum(_sign(new.difference.mean) == _sign(old.difference.mean) for new, old in both)
-    order = [_sign(a.mean - b.mean) == _sign(x.mean - y.mean) for (a, x), (b, y) in combinations(pairs, 2)]
+    signs = sum(c.difference.mean * other.difference.mean > 0 for c, other in both)
     return [
-        f"{same} of {len(pairs)} methods have the recorded scores to the last digit.",
-        f"{signs} of {len(both)} differences have the recorded sign; no verdict contradicts the recorded one.",
-        f"{sum(order)} of {len(order)} pairs of methods stand in the recorded order.",
+        f"{len(same_rate)} of {len(new)} methods chose the recorded rate; none of their scores, and none of their "
+        f"{len(differences)} differences, is further from the recorded one than the spread of the seeds explains.",
+        f"{signs} of {len(both)} differences have the recorded sign; none is told to be the other way round.",
     ], []
 
 
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
+def _beyond_spread(samples: Iterable[tuple[str, Sequence[float], Sequence[float]]]) -> list[str]:
+    """Those of (name, made, recorded) whose means differ by more than chance."""
+    samples = [sample for sample in samples if min(map(len, sample[1:])) > 1]
+    found = holm([_p(made, recorded) for _, made, recorded in samples])
+    return [
+        f"{name}: {statistics.fmean(made):.4g}, recorded {statistics.fmean(recorded):.4g} (corrected p {p:.1g})."
+        for (name, made, recorded), p in zip(samples, found, strict=True)
+        if p < LEVEL
+    ]
+
+
+def _p(made: Sequence[float], recorded: Sequence[float]) -> float:
+    grain = GRAIN * max(map(abs, [*made, *recorded]))
+    if grain == 0:
+        return 1.0
+    parts = [(statistics.fmean(x), max(statistics.stdev(x), grain), len(x)) for x in (made, recorded)]
+    return float(stats.ttest_ind_from_stats(*parts[0], *parts[1], equal_var=False).pvalue)
 
 
 def main() -> None:

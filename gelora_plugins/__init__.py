@@ -1,6 +1,7 @@
 """GeLoRA chooses LoRA ranks from the geometry of your data in your model. Importing this imports no torch."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from gelora_plugins.integrations.transformers import GeLoRACallback, prepare_trainer
     from gelora_plugins.integrations.trl import GeLoRASFTTrainer
     from gelora_plugins.layout import Block, Linear, ModelLayout
-    from gelora_plugins.lora_config import with_plan
     from gelora_plugins.pipeline import measure, select_ranks
+    from gelora_plugins.plan_check import check_plan, with_plan
     from gelora_plugins.ranks import RankPlan, Site
     from gelora_plugins.report import RankReport
 
@@ -34,12 +35,14 @@ _HOME = {
     "RankReport": "report",
     "Site": "ranks",
     "apply_plan": "adapter",
+    "check_plan": "plan_check",
     "hookimpl": "hookspecs",
     "measure": "pipeline",
     "prepare_trainer": "integrations.transformers",
     "select_ranks": "pipeline",
-    "with_plan": "lora_config",
+    "with_plan": "plan_check",
 }
+_NEEDS = {"GeLoRAPlugin": "axolotl", "GeLoRASFTTrainer": "trl"}  # frameworks that the package does without
 __all__ = [
     "AppliedPlan",
     "Block",
@@ -56,6 +59,7 @@ __all__ = [
     "RankReport",
     "Site",
     "apply_plan",
+    "check_plan",
     "hookimpl",
     "measure",
     "prepare_trainer",
@@ -68,9 +72,24 @@ def __getattr__(name: str) -> Any:
     """Public names are imported at first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NEEDS and importlib.util.find_spec(_NEEDS[name]) is None:
+        return _stand_in(name, _NEEDS[name])
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _stand_in(name: str, framework: str) -> type:
+    """A class in place of one whose framework is not installed: `import *`, `hasattr` and pydoc reach for every name.
+
+    An AttributeError here would take the reason from `from gelora_plugins import ...`, and any other error ends those.
+    """
+    reason = f'{name} needs {framework}, which is not installed here: pip install "gelora[{framework}]".'
+
+    def refuse(self: object, *args: object, **kwargs: object) -> None:
+        raise ImportError(reason)
+
+    return type(name, (), {"__doc__": reason, "__init__": refuse, "__module__": __name__})
 
 
 def __dir__() -> list[str]:

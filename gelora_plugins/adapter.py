@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from gelora_plugins.errors import ApplyError, LayoutError
 from gelora_plugins.features import cuda_devices
 from gelora_plugins.layout import ModelLayout, unwrap
-from gelora_plugins.lora_config import matches_pattern, with_patterns, with_plan
-from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.lora_config import matches_pattern, planned_config, users_config, with_patterns
+from gelora_plugins.plugins import find_layout
+from gelora_plugins.ranks import RankPlan, Site, layout_sites
 
 # PEFT 0.21: every other `init_lora_weights` reads or rewrites the base weight, a second time if run again, or
 # (False, "orthogonal") makes lora_B other than 0, so that a fresh adapter cannot be told from a trained one.
@@ -28,7 +29,7 @@ IN_PLACE_INITS = (True, "gaussian")
 NOT_IN_PLACE = ("kasa_config", "use_bdlora", "arrow_config")
 CONFIG_ROUTE = (
     "Choose the ranks before the adapter is made: plan = select_ranks(model, rows, lora_config=config), then "
-    "get_peft_model(model, with_plan(config, plan)) with gelora_plugins.lora_config.with_plan, or "
+    "get_peft_model(model, with_plan(config, plan, model)) with gelora_plugins.with_plan, or "
     "GeLoRACallback(lora_config=config) on the model without an adapter."
 )
 
@@ -63,7 +64,8 @@ class AppliedPlan:
 class Adapter:
     """A LoRA adapter on a model: its name, its configuration, its layers by the name that PEFT's patterns match.
 
-    That is the module path from the unwrapped model, and for a fused parameter `<module>.<parameter>`.
+    That is the module path from the unwrapped model, and for a fused parameter `<module>.<parameter>`. The
+    configuration is the user's, without the patterns of a plan that was applied to it.
     """
 
     model: nn.Module
@@ -80,19 +82,30 @@ class Adapter:
         Raises:
             LayoutError: no target module lies in a block.
         """
-        cost = {block.name: 0 for block in layout.blocks}
+        sites = []
         for block in layout.blocks:
-            for layer in self.free_layers(block.name).values():
-                numel = sum(parameter.numel() for _, parameter in self.matrices(layer))
-                cost[block.name] += numel // layer.r[self.name]
-        sites = tuple(Site(name, parameters) for name, parameters in cost.items() if parameters)
+            layers = self.free_layers(block.name).values()
+            if layers:
+                sides = [min(layer.in_features, layer.out_features) for layer in layers if layer.in_features]
+                sites.append(Site(block.name, sum(map(self._cost, layers)), min(sides, default=None)))
         if not sites:
+            if {site.pattern for site in layout_sites(layout, lambda name: True)} & set(self.config.rank_pattern):
+                raise LayoutError(
+                    "The adapter was made with the ranks of a plan (rank_pattern names whole blocks), and none of its "
+                    f"{len(self.layers)} target modules is left to choose a rank for. Train it as it is, with "
+                    "GeLoRACallback(plan=...) to check it, or make the adapter without the plan's patterns."
+                )
             raise LayoutError(
                 f"None of the {len(self.layers)} target modules of the adapter is free to get a rank: expected some "
                 "in the transformer blocks that `rank_pattern` and `alpha_pattern` of your LoRA configuration leave "
                 "open."
             )
-        return sites
+        return tuple(sites)
+
+    def _cost(self, layer: LoraLayer) -> int:
+        """LoRA parameters of one rank; where the model is sharded the matrices are empty, and those of a linear map."""
+        numel = sum(parameter.numel() for _, parameter in self.matrices(layer))
+        return int(numel // layer.r[self.name] or layer.in_features + layer.out_features)
 
     def free_layers(self, block: str) -> dict[str, LoraLayer]:
         """The layers below `block` that no pattern of the user's names."""
@@ -109,6 +122,13 @@ class Adapter:
             if self.name in container:
                 entry: Any = container[self.name]
                 yield kind, getattr(entry, "weight", entry)
+
+    def parameters(self, layer: LoraLayer) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name within the layer, parameter) of all that this adapter has there: matrices, biases, magnitudes."""
+        for key, parameter in layer.named_parameters():
+            container, name, *_ = key.split(".")
+            if container != "base_layer" and name == self.name:
+                yield key, parameter
 
     def check_fresh(self) -> None:
         """Raises ApplyError unless the ranks of this adapter can be changed in place."""
@@ -142,11 +162,18 @@ def find_adapter(model: nn.Module) -> Adapter | None:
     """The active LoRA adapter of a PEFT model, or of a model with `add_adapter`; None when there is no adapter.
 
     Raises:
-        ApplyError: the active adapter is not LoRA, or several adapters are active.
+        ApplyError: the active adapter is not LoRA, several adapters are active, or the model is what a PeftModel holds.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) holds
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
     if not configs:
         return None
+    if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise ApplyError(
+            f"This {type(model).__name__} was given to get_peft_model before, which puts the adapter into the model "
+            "itself (PEFT 0.21), or to a Trainer with GeLoRACallback(lora_config=...). Pass the PeftModel that came of "
+            "it (trainer.model), or load the model again."
+        )
     active = getattr(model, "active_adapters", None)
     names = list(active() if callable(active) else active or configs)
     if len(names) != 1:
@@ -159,7 +186,7 @@ def find_adapter(model: nn.Module) -> Adapter | None:
         for name, module in unwrap(model).named_modules()
         if isinstance(module, LoraLayer) and names[0] in module.r
     }
-    return Adapter(model, names[0], config, layers)
+    return Adapter(model, names[0], users_config(config), layers)
 
 
 def _pattern_name(name: str, layer: LoraLayer) -> str:
@@ -172,14 +199,14 @@ def add_adapter(model: nn.Module, config: LoraConfig, plan: RankPlan | None) -> 
     """`model` in a new LoRA adapter made of `config`, with the ranks of `plan` if there is one.
 
     Raises:
-        PlanError: see `with_plan`. Nothing was changed.
+        PlanError: see `planned_config`. Nothing was changed.
     """
-    wrapped = get_peft_model(model, copy.copy(config) if plan is None else with_plan(config, plan))
+    wrapped = get_peft_model(model, copy.copy(config) if plan is None else planned_config(config, plan))
     adapter = replace(require_adapter(wrapped), config=config)
     if plan is None:
         ranks = {name: layer.r[adapter.name] for name, layer in adapter.layers.items()}
     else:
-        ranks = _planned(adapter, plan)
+        ranks = planned_ranks(adapter, plan)
     return wrapped, AppliedPlan(ranks, tuple(ranks), _others(adapter, ranks))
 
 
@@ -196,15 +223,16 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> AppliedPlan:
     """
     adapter = require_adapter(model)
     adapter.check_fresh()
-    plan.check_sites(adapter.sites(plan.profile.layout))
+    plan.check_sites(adapter.sites(find_layout(model)))
     modules = {site.name: [name for name in adapter.layers if name.startswith(f"{site.name}.")] for site in plan.sites}
     config = with_patterns(adapter.config, plan, modules)
-    ranks = _planned(adapter, plan)
+    ranks = planned_ranks(adapter, plan)
     alphas = {name: plan.alpha(rank) for name, rank in ranks.items()}
     return AppliedPlan(ranks, _resize(adapter, config, ranks, alphas), _others(adapter, ranks))
 
 
-def _planned(adapter: Adapter, plan: RankPlan) -> dict[str, int]:
+def planned_ranks(adapter: Adapter, plan: RankPlan) -> dict[str, int]:
+    """The rank that `plan` gives each layer which is free to get one."""
     return {
         name: rank for site, rank in zip(plan.sites, plan.ranks, strict=True) for name in adapter.free_layers(site.name)
     }
@@ -264,6 +292,13 @@ def apply_config(model: nn.Module, saved: LoraConfig) -> AppliedPlan:
 def require_adapter(model: nn.Module) -> Adapter:
     """`find_adapter`, or ApplyError when there is none."""
     adapter = find_adapter(model)
+    inside = next((name for name, module in model.named_modules() if name and isinstance(module, PeftModel)), None)
+    if adapter is None and inside is not None:
+        raise ApplyError(
+            f"The adapter is on `{inside}` of {type(model).__name__}, a module around a PeftModel, which GeLoRA does "
+            f"not look into. Give it its ranks before: plan = select_ranks(model.{inside}, rows); "
+            f"apply_plan(model.{inside}, plan); then train without GeLoRACallback."
+        )
     if adapter is None or not adapter.layers:
         raise ApplyError(
             "The model has no LoRA adapter; expected one to give ranks to. Wrap it with get_peft_model(model, "
@@ -277,16 +312,19 @@ def _resize(
 ) -> tuple[str, ...]:
     changed = [name for name, rank in ranks.items() if rank != adapter.layers[name].r[adapter.name]]
     before = [entry for name in changed for entry in _entries(adapter.layers[name], adapter.name)]
+    held = [(p, p.data, p.grad) for name in changed for _, p in adapter.parameters(adapter.layers[name])]
     modes = [(p, p.requires_grad) for layer in adapter.layers.values() for p in layer.parameters()]
     try:
         seed = torch.initial_seed()
         with torch.random.fork_rng(devices=cuda_devices()):
             for name in changed:
                 torch.manual_seed((seed ^ zlib.crc32(name.encode())) % 2**63)
-                _update_layer(adapter.layers[name], adapter.name, ranks[name], alphas[name], config)
+                _update_layer(adapter, adapter.layers[name], ranks[name], alphas[name], config)
     except BaseException:
         for container, value in before:
             container[adapter.name] = value
+        for parameter, data, grad in held:
+            parameter.data, parameter.grad = data, grad
         for parameter, requires_grad in modes:
             parameter.requires_grad_(requires_grad)
         raise
@@ -295,18 +333,23 @@ def _resize(
     return tuple(changed)
 
 
-def _update_layer(layer: Any, name: str, rank: int, alpha: float, config: LoraConfig) -> None:
-    """PEFT 0.21's `update_layer` gives new matrices the dtype of the base weight, and gradients: undo both."""
-    old = {key: p for key, p in layer.named_parameters() if f".{name}" in key}
+def _update_layer(adapter: Adapter, layer: Any, rank: int, alpha: float, config: LoraConfig) -> None:
+    """PEFT 0.21's `update_layer` makes new Parameters, with the dtype of the base weight, and gradients: undo that.
+
+    The old Parameters stay, with the new values: an optimizer, or groups of parameters, may hold them already.
+    """
+    old = dict(adapter.parameters(layer))
     others = [(p, p.requires_grad) for key, p in layer.named_parameters() if key not in old]
     modes = {module: module.training for module in layer.modules()}
-    layer.update_layer(name, r=rank, lora_alpha=alpha, config=config)
+    layer.update_layer(adapter.name, r=rank, lora_alpha=alpha, config=config)
     for module in layer.modules():
         module.training = modes.get(module, layer.training)
-    for key, parameter in layer.named_parameters():
-        if key in old:
-            parameter.data = parameter.data.to(old[key].device, old[key].dtype)
-            parameter.requires_grad_(old[key].requires_grad)
+    for key, made in list(adapter.parameters(layer)):
+        parameter = old[key]
+        parameter.grad = None  # of the old shape
+        parameter.data = made.data.to(parameter.device, parameter.dtype)
+        owner, _, leaf = key.rpartition(".")
+        setattr(layer.get_submodule(owner), leaf, parameter)
     for parameter, requires_grad in others:
         parameter.requires_grad_(requires_grad)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import ConfigError, GeLoRAError, LayoutError, ProbeError
+from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
+from gelora_plugins.mistakes import reason, sentence
+from gelora_plugins.text import printable
 
 if TYPE_CHECKING:
     from gelora_plugins.dimension import DimensionProfile
@@ -25,6 +28,7 @@ app = typer.Typer(
     "none of these: add GeLoRACallback() to your Trainer and train.",
 )
 
+_MOST_RANK = 2**16  # no linear map that is trained today has a longer side
 _OPTIONS = {field.name: field for field in fields(GeLoRAConfig)}
 _TASKS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -42,14 +46,30 @@ def _default(name: str) -> Any:
     return _OPTIONS[name].default
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"gelora {version('gelora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter and the report.")] = Path(
         "gelora-demo"
     ),
     policy: Annotated[str, typer.Option(help=_help("policy"))] = _default("policy"),
-    samples: Annotated[int, typer.Option(help="Passages to measure on.")] = 512,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 10,
+    samples: Annotated[int, typer.Option(min=1, help="Passages to measure on.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10,
 ) -> None:
     """The whole method on SmolLM2-135M: measure, choose, train a few steps, save, reload. Needs no hub."""
     from gelora_plugins.demo import run
@@ -87,7 +107,10 @@ def probe(
             "forward pass for all. sensitivity.json goes beside the profile. Reads all of probe_samples.",
         ),
     ] = False,
-    rank: Annotated[int, typer.Option(help="Your own r, for --sensitivity: what the policy budget spends.")] = 8,
+    rank: Annotated[
+        int,
+        typer.Option(min=1, max=_MOST_RANK, help="Your own r, for --sensitivity: what the policy budget spends."),
+    ] = 8,
 ) -> None:
     """Measure: hidden states of DATA in MODEL -> intrinsic dimension at every block boundary."""
     config = GeLoRAConfig(
@@ -105,15 +128,31 @@ def probe(
 
     plugins.find("estimator", estimator)
     plugins.find("pooling", pooling)
-    loaded, tokenizer = _load(model, task, dtype)
-    from gelora_plugins.rows import TokenisedRows, load_rows
+    from gelora_plugins.rows import load_rows
 
-    rows = TokenisedRows(load_rows(data, split), tokenizer, text_field)
+    dataset = load_rows(data, split)  # a file that cannot be read must not cost the loading of a model
+    loaded, tokenizer = _load(model, task, dtype)
+    rows = _prepared(dataset, loaded, tokenizer, text_field, data, probe_max_length)
     profile = _probe_all(loaded, rows, config, rank, output) if sensitivity else _probe(loaded, rows, config)
     records.write_json(output, profile.to_dict())
     for note in profile.notes():
-        typer.echo(note)
+        typer.echo(printable(note))
     typer.echo(f"{profile.num_documents} documents, {profile.num_tokens} tokens, {profile.seconds:.1f} s -> {output}")
+
+
+def _prepared(dataset: Any, model: Any, tokenizer: Any, text_field: str, data: str, max_length: int) -> Any:
+    """The rows with token ids: as TRL would train on them, where they are of a kind that it trains on."""
+    from gelora_plugins.rows import TokenisedRows, are_for_trl
+
+    # TRL trains causal models, and takes no tokenizer without an end of text (trl 1.16).
+    writes = model.can_generate() and not model.config.is_encoder_decoder and tokenizer.eos_token is not None
+    if not are_for_trl(dataset.column_names, text_field if writes else None, find_spec("trl") is not None):
+        return TokenisedRows(dataset, tokenizer, text_field, data)
+    from gelora_plugins.integrations.trl_rows import TrlRows
+
+    rows = TrlRows(dataset, tokenizer, text_field, max_length, data)
+    typer.echo(rows.note)
+    return rows
 
 
 def _probe(model: Any, rows: Any, config: GeLoRAConfig) -> DimensionProfile:
@@ -142,7 +181,9 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
     policy: Annotated[str, typer.Option(help=_help("policy"))] = _default("policy"),
     rounding: Annotated[str, typer.Option(help=_help("rounding"))] = _default("rounding"),
-    rank: Annotated[int, typer.Option(help="Your own r: the budget, and what the scaling is measured by.")] = 8,
+    rank: Annotated[
+        int, typer.Option(min=1, max=_MOST_RANK, help="Your own r: the budget, and what the scaling is measured by.")
+    ] = 8,
     alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
     rslora: Annotated[bool, typer.Option(help="Rank-stabilised LoRA: scaling is alpha / sqrt(r).")] = False,
     target_modules: Annotated[
@@ -220,7 +261,9 @@ def compare(
         Path, typer.Option("--output", "-o", help="Folder of the comparison; a run that is recorded there is kept.")
     ] = Path("comparison"),
     test: Annotated[str | None, typer.Option(help="Test rows; a fifth of DATA if not given.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the task; that of the file if not given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the task, and of its folder; that of the file if not given.")
+    ] = None,
     metric: Annotated[str, typer.Option(help="accuracy, mcc, f1, spearman or loss; the task's usual one.")] = "",
     plan: Annotated[list[Path] | None, typer.Option(help="Saved plans to compare, instead of GeLoRA's.")] = None,
     methods: Annotated[str, typer.Option(help="Which of them, with commas; all if not given.")] = "",
@@ -242,7 +285,9 @@ def compare(
         int | None, typer.Option(help="How many of the training rows each seed draws for itself; all if not given.")
     ] = None,
     test_rows: Annotated[int | None, typer.Option(help="How many test rows to draw; all if not given.")] = None,
-    margin: Annotated[float, typer.Option(help="Differences up to this are called equal; in hundredths.")] = 0.0,
+    margin: Annotated[
+        float, typer.Option(help="Methods are equal where they differ by no more, with 95 % confidence; in hundredths.")
+    ] = 0.0,
     jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
 ) -> None:
     """Compare: GeLoRA, uniform, permuted, EVA, AdaLoRA at equal parameters, on your model and data."""
@@ -260,14 +305,16 @@ def compare(
     settings = replace(settings, rate_seeds=rate_seeds, rows_per_seed=rows_per_seed, epochs=epochs)
     settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16)
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
-    loaded = load_task(name or Path(data).name.split(".")[0], task, data, test, metric=metric, **sizes)
-    plans = {path.stem: RankPlan.load(path) for path in plan} if plan else None
+    plans = _by_name(plan, RankPlan.load) if plan else None
+    loaded = load_task(name or Path(data).name.lstrip(".").split(".")[0], task, data, test, metric=metric, **sizes)
     found = run(model, loaded, output, settings, plans=plans, jobs=jobs, progress=sys.stderr.isatty())
     typer.echo(found.table(loaded.name))
     for line in found.lines():
         typer.echo(line)
     for path in found.write(output):
         typer.echo(f"-> {path}")
+    if any(gap.unfinished and gap.task == loaded.name for gap in found.gaps):
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -278,6 +325,19 @@ def sft(context: typer.Context) -> None:
     from gelora_plugins.integrations import trl
 
     trl.main(context.args)
+
+
+def _by_name(files: list[Path], load: Any) -> dict[str, Any]:
+    """What is loaded from files, by their names without the ending."""
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.stem in found:
+            raise ConfigError(
+                f"Two plans are called {path.stem!r}: {found[path.stem]} and {path}. Copy one to a file of another "
+                "name; the name of the file is that of its row."
+            )
+        found[path.stem] = path
+    return {name: load(path) for name, path in found.items()}
 
 
 def _list(text: str, kind: Any) -> tuple[Any, ...]:
@@ -295,11 +355,11 @@ def _show(plan: Any) -> None:
 
 
 def _print(table: Any, lines: list[str]) -> None:
-    from rich.console import Console
+    from gelora_plugins.report import render
 
-    Console().print(table, "")
+    typer.echo(render(table))
     for line in lines:
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 def _load(model: str, task: str, dtype: str) -> tuple[Any, Any]:
@@ -313,19 +373,27 @@ def _load(model: str, task: str, dtype: str) -> tuple[Any, Any]:
         raise ConfigError(f"--dtype is {dtype!r}; expected auto, float32, bfloat16 or float16.")
     try:
         config = transformers.AutoConfig.from_pretrained(model)
-        architectures = getattr(config, "architectures", None) or ["AutoModel"]
-        loader = getattr(transformers, architectures[0] if task == "auto" else _TASKS[task])
+        (name, *_) = getattr(config, "architectures", None) or ["AutoModel"]
+        loader: Any = getattr(transformers, str(name) if task == "auto" else _TASKS[task], None)
+        if not hasattr(loader, "from_pretrained"):
+            raise ConfigError(
+                f"its config.json names the architecture {name!r}, which transformers {transformers.__version__} does "
+                f"not have. Say which head it is to be trained with: --task {', '.join(_TASKS)}."
+            )
         return loader.from_pretrained(model, dtype=dtype), transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ProbeError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a folder of files that anybody may have written
+        raise ProbeError(f"{model} cannot be loaded: {reason(error)}") from error
 
 
 def main() -> None:
     """Run the command; a user's error is one sentence on stderr and exit code 2."""
     try:
         app()
-    except GeLoRAError as error:
-        typer.echo(f"gelora: {error}", err=True)
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        typer.echo(f"gelora: {printable(said)}", err=True)
         sys.exit(2)
 
 

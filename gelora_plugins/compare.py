@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import math
+import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context, parent_process
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +14,22 @@ import torch
 from tqdm.auto import tqdm
 
 from gelora_plugins import records
-from gelora_plugins.compare_bench import Bench, Settings, digest
+from gelora_plugins.compare_bench import Bench, Settings
 from gelora_plugins.compare_methods import Method, Recipe, Row, grid_rows, plan_row
 from gelora_plugins.compare_report import Comparison
-from gelora_plugins.compare_tasks import Task
-from gelora_plugins.compare_training import measure_eva, run
+from gelora_plugins.compare_runs import Record, Run, choosing_runs, digest, locked, worth_of_rates
+from gelora_plugins.compare_tasks import Task, check_name
+from gelora_plugins.compare_training import attempt, measure_eva
+from gelora_plugins.compare_workers import side_by_side
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.pipeline import measure
 from gelora_plugins.policies import make_plan
 from gelora_plugins.ranks import RankPlan
-from gelora_plugins.report import versions
 
+logger = logging.getLogger(__name__)
 BYTES_PER_TRAINED = 16  # float32 weight, gradient, and AdamW's two moments
-Train = Callable[[Sequence["Run"]], Iterator[tuple["Run", dict[str, Any]]]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: a recipe, a seed and a rate, to choose the rate or for the result. `row` and `method` name it."""
-
-    row: str
-    method: str
-    recipe: Recipe
-    seed: int
-    rate: float
-    choosing: bool
-
-    def key(self, identity: Mapping[str, Any]) -> str:
-        """What the run is told by: everything that its score depends on, and no names."""
-        return digest([identity, self.recipe.to_dict(), self.seed, self.rate, self.choosing])[:24]
 
 
 def compare(
@@ -79,31 +59,73 @@ def compare(
         jobs: processes that train at the same time, each with its share of the cores.
 
     Returns:
-        The comparison of all tasks in `output`.
+        The comparison of all tasks in `output`. What failed, diverged or is not finished is in its `gaps`.
 
     Raises:
-        PlanError: methods of a row are not at equal parameters, or runs.jsonl is damaged.
+        PlanError: methods of a row are not at equal parameters, runs.jsonl is damaged, or the folder of the task holds
+            a comparison of another model or of other rows.
+        WriteError: another process is at work in the folder of the task, or it cannot be written to.
         GeLoRAError: the task, the model or an option cannot be used.
     """
     settings = settings or Settings()
     bench = Bench(model, task, settings, Path(output) / task.name)
-    if plans is None:
-        plans = default_plans(bench, config or GeLoRAConfig(), progress=progress)
-    rows, facts = design(bench, plans, frozenset(keep_alpha))
+    with locked(bench.folder):
+        _check_same_task(bench)
+        if plans is None:
+            plans = default_plans(bench, config or GeLoRAConfig(), progress=progress)
+        rows, facts = design(bench, plans, frozenset(keep_alpha))
+        _train(bench, rows, facts, _Workers(bench, jobs), progress)
+    return Comparison.read(output)
+
+
+def _check_same_task(bench: Bench) -> None:
+    """The report of another comparison would be lost; its runs cannot serve this one."""
+    path = bench.folder / "experiment.json"
+    if not path.is_file():
+        return
+    there, here = records.read_json(path), bench.identity
+    recorded = there.get("identity", {})
+    same_model = there.get("model") == _short(bench.model) or recorded.get("model") == here["model"]
+    if not same_model or recorded.get("task") != here["task"]:
+        what = "other rows, another metric or another max_length" if same_model else f"another model, {there['model']}"
+        raise PlanError(
+            f"{bench.folder} holds a comparison with {what}. Give this task another name, or the comparison another "
+            "output."
+        )
+
+
+def _short(model: str) -> str:
+    return "/".join(Path(model).parts[-2:])
+
+
+def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers: _Workers, progress: bool) -> None:
+    """Make the runs that choose the rates, then those for the result; write down what is compared."""
+    task, settings = bench.task, bench.settings
     record = Record(bench.folder / "runs.jsonl", bench.identity)
     choosing, plain = _runs(rows, settings)
-    total = len({run.key(bench.identity) for run in choosing + plain})
-    with _workers(bench, jobs) as train, tqdm(total=total, desc=task.name, unit="run", disable=not progress) as bar:
-        record.make(choosing, train, bar)
+    first = choosing or [replace(made, rate=settings.rates[0]) for made in plain]
+    if record.lines and not record.lines.keys() & {made.key(bench.identity) for made in first}:
+        logger.warning(
+            "The %d runs that are recorded in %s were made with other settings, versions or another device: none of "
+            "them is taken.",
+            len(record.lines),
+            record.path,
+        )
+    total = len({made.key(bench.identity) for made in choosing + plain})
+    with tqdm(total=total, desc=task.name, unit="run", disable=not progress) as bar:
+        record.make(choosing, workers, bar)
         rates = {
-            (row.name, method.name): _best_rate(record, choosing, method.recipes[0], task, settings)
+            (row.name, method.name): _best_rate(record, choosing, method, task, settings)
             for row in rows
             for method in row.methods
         }
-        finals = [replace(made, rate=rates[made.row, made.method]) for made in plain]
-        records.write_json(bench.folder / "experiment.json", _experiment(bench, rows, facts, finals, rates))
-        record.make(finals, train, bar)
-    return Comparison.read(output)
+        at = [(made, rates[made.row, made.method]) for made in plain]
+        finals = [replace(made, rate=rate) for made, rate in at if rate is not None]
+        path = bench.folder / "experiment.json"
+        records.write_json(path, _experiment(bench, rows, facts, finals, rates, record.failures))
+        record.make(finals, workers, bar)
+        if record.failures:
+            records.write_json(path, _experiment(bench, rows, facts, finals, rates, record.failures))
 
 
 def _runs(rows: Sequence[Row], settings: Settings) -> tuple[list[Run], list[Run]]:
@@ -112,11 +134,9 @@ def _runs(rows: Sequence[Row], settings: Settings) -> tuple[list[Run], list[Run]
     """
     pairs = [(row, method) for row in rows for method in row.methods]
     choosing = [
-        Run(row.name, method.name, method.recipes[0], seed, rate, choosing=True)
+        made
         for row, method in pairs
-        for rate in settings.rates
-        for seed in range(settings.rate_seeds)
-        if len(settings.rates) > 1
+        for made in choosing_runs(row.name, method.name, method.recipes[0], settings.rates, settings.rate_seeds)
     ]
     finals = [
         Run(row.name, method.name, method.recipe(seed), seed, 0.0, choosing=False)
@@ -158,9 +178,12 @@ def design(
     """The rows of a comparison, and facts for its report: what each preparation took, EVA's ranks, what is left out.
 
     Raises:
+        ConfigError: a plan has a name that cannot be told from a method's, or cannot be shown.
         PlanError: methods of a row are not at equal parameters.
     """
-    settings, notes = bench.settings, []
+    for name in plans:
+        check_name(name, "plan")
+    settings, notes = bench.settings, bench.notes
     rows, seconds, eva = [], {}, {}
     one_size = len({linear.in_features + linear.out_features for linear in bench.targets.values()}) == 1
     if "adalora" in settings.methods and not one_size:
@@ -202,9 +225,12 @@ def _experiment(
     rows: Sequence[Row],
     facts: Mapping[str, Any],
     finals: Sequence[Run],
-    rates: Mapping[tuple[str, str], float],
+    rates: Mapping[tuple[str, str], float | None],
+    failures: Mapping[Recipe, str],
 ) -> dict[str, Any]:
-    """What `Comparison.read` needs beside the runs: for each method its recipes, its rate, the keys of its runs."""
+    """What `Comparison.read` needs beside the runs: for each method its recipes, its rate, the keys of its runs, and
+    what failed.
+    """
     task = bench.task
     keys: dict[tuple[str, str], list[str]] = {}
     for made in finals:
@@ -219,7 +245,7 @@ def _experiment(
             "train_rows": len(task.train),
             "test_rows": len(task.test),
         },
-        "model": "/".join(Path(bench.model).parts[-2:]),
+        "model": _short(bench.model),
         "blocks": [site.name for site in bench.sites],
         "settings": asdict(bench.settings),
         "identity": bench.identity,
@@ -232,7 +258,8 @@ def _experiment(
                         "name": method.name,
                         "recipes": [recipe.to_dict() for recipe in method.recipes],
                         "rate": rates[row.name, method.name],
-                        "keys": keys[row.name, method.name],
+                        "keys": keys.get((row.name, method.name), []),
+                        "failure": next((failures[recipe] for recipe in method.recipes if recipe in failures), None),
                     }
                     for method in row.methods
                 ],
@@ -242,119 +269,33 @@ def _experiment(
     }
 
 
-def _best_rate(record: Record, choosing: Sequence[Run], recipe: Recipe, task: Task, settings: Settings) -> float:
-    """The rate with the best mean score on the held-out fifth of the training rows; of equals the smallest."""
-    if not choosing:
+def _best_rate(record: Record, choosing: Sequence[Run], method: Method, task: Task, settings: Settings) -> float | None:
+    """The rate with the best mean score on the held-out fifth of the training rows; of equals the smallest.
+
+    None where a run that was to choose it failed.
+    """
+    if len(settings.rates) == 1:
         return settings.rates[0]
-    scores: dict[float, list[float]] = {}
-    for made in {r.key(record.identity): r for r in choosing if r.recipe == recipe}.values():
-        score = record.find(made)["score"]
-        worth = -math.inf if score is None else score if task.higher_is_better else -score
-        scores.setdefault(made.rate, []).append(worth)
-    return max(sorted(scores), key=lambda rate: sum(scores[rate]) / len(scores[rate]))
+    runs = {made.key(record.identity): made for made in choosing if made.recipe == method.recipes[0]}.values()
+    worths = worth_of_rates(runs, record.identity, record.lines, task.higher_is_better)
+    return max(sorted(worths), key=lambda rate: worths[rate], default=None)
 
 
-class Record:
-    """The runs of one task that are done: a file of JSON lines that only grows. A torn last line is dropped.
+class _Workers:
+    """Trains here, or in `jobs` processes, each with its share of the cores."""
 
-    Raises:
-        PlanError: another line is not JSON.
-    """
+    def __init__(self, bench: Bench, jobs: int) -> None:
+        self.bench = bench
+        self.jobs = max(jobs, 1)
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
-        self.identity = identity
-        self.lines = {line["key"]: line for line in read_lines(path)}
-
-    def find(self, run: Run) -> dict[str, Any]:
-        """The line of a run that is done."""
-        return self.lines[run.key(self.identity)]
-
-    def make(self, runs: Sequence[Run], train: Train, bar: Any) -> None:
-        """Train those of `runs` that are not done yet, each once, and write each down as it ends."""
-        wanted = {run.key(self.identity): run for run in runs}
-        missing = [run for key, run in wanted.items() if key not in self.lines]
-        if not bar.disable:
-            bar.initial += len(wanted) - len(missing)  # the time left is judged by what is trained now
-            bar.update(len(wanted) - len(missing))
-        for made, result in train(missing):
-            line = {
-                "key": made.key(self.identity),
-                **asdict(made),
-                **result,
-                "versions": versions(),
-            }
-            self._append(line)
-            bar.update()
-
-    def _append(self, line: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.lines[line["key"]] = line
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a runs.jsonl; none where there is no file. What follows the last line end is cut off the file."""
-    if not path.is_file():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise PlanError(
-                f"Line {number} of {path} is not JSON: {error}. Remove the line; its run is made again."
-            ) from error
-    return lines
-
-
-@contextlib.contextmanager
-def _workers(bench: Bench, jobs: int) -> Iterator[Train]:
-    """A function that trains runs, here or in `jobs` processes, and gives each with its result as it ends."""
-    if jobs <= 1:
-        yield lambda runs: ((made, _train(bench, made)) for made in runs)
-        return
-    bench.train, bench.test, bench.sites, bench.targets  # noqa: B018 - once here, not once in every process
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (threads,)) as pool:
-
-        def train(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-            waiting = {pool.submit(functools.partial(_train, bench, made)): made for made in runs}
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-
-        try:
-            yield train
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def start_worker(threads: int) -> None:
-    """Set up a process that trains: with so many threads, and no longer alive than the one that started it.
-
-    A worker of Python's own pool waits for work for ever when its parent is killed.
-    """
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _train(bench: Bench, made: Run) -> dict[str, Any]:
-    return run(bench, made.recipe, made.seed, made.rate, choosing=made.choosing)
+    def train(self, runs: Iterable[Run], jobs: int) -> Iterator[tuple[Run, dict[str, Any] | str]]:
+        """Each run with its result as it ends, or with the reason why it failed."""
+        if self.jobs == 1:
+            return ((made, attempt(self.bench, made)) for made in runs)
+        self.bench.train, self.bench.test, self.bench.sites, self.bench.targets  # noqa: B018 - once here, not in each
+        threads = max(1, torch.get_num_threads() // jobs)
+        work = functools.partial(attempt, self.bench, threads=threads)
+        return side_by_side(work, runs, jobs, preload=[attempt.__module__])
 
 
 def _free_memory() -> int | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from gelora_plugins.compare_methods import METHODS, check_methods
+from gelora_plugins.compare_runs import digest
 from gelora_plugins.compare_tasks import Collator, Task, encode
 from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
 from gelora_plugins.layout import Linear, ModelLayout
-from gelora_plugins.pipeline import find_layout
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.ranks import Site, layout_sites
 from gelora_plugins.report import versions
 
 _TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16", "rows_per_seed")
+_VERSIONS = ("gelora", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Settings:
         epochs, batch_size, warmup: of every run; the rate rises over the share `warmup` of the steps, then falls
             linearly to 0.
         bf16: train and score in bfloat16 mixed precision. The weights, the probe and EVA stay in float32.
-        margin: differences up to this are called equal; hundredths of a score, or loss as it is.
+        margin: two methods are called equal where their difference is, with 95 % confidence, no larger than this;
+            hundredths of a score, or loss as it is. 0: only where all their scores are the same.
     """
 
     rank: int = 8
@@ -68,8 +71,10 @@ class Settings:
         for name in ("rank", "seeds", "rate_seeds", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected at least 1.")
-        if not self.rates or min(self.rates) <= 0:
+        if not self.rates or not all(math.isfinite(rate) and rate > 0 for rate in self.rates):
             raise ConfigError(f"rates are {self.rates!r}; expected at least one, all above 0.")
+        if not (math.isfinite(self.margin) and self.margin >= 0):
+            raise ConfigError(f"margin is {self.margin!r}; expected 0 or more.")
         if self.grid and min(self.grid) < 1:
             raise ConfigError(f"grid is {self.grid!r}; expected ranks of at least 1.")
         if self.rows_per_seed is not None and self.rows_per_seed < 10:
@@ -138,8 +143,14 @@ class Bench:
 
     @cached_property
     def train(self) -> list[dict[str, Any]]:
-        """The encoded training rows."""
-        return encode(self.task, self.task.train, self.tokenizer)
+        """The encoded training rows. Raises ProbeError where too many are cut, see `encode`, or too few are left."""
+        rows, count = encode(self.task, self.task.train, self.tokenizer), self.settings.rows_per_seed
+        if count is not None and count > len(rows):
+            raise ProbeError(
+                f"rows_per_seed is {count:,}; {len(rows):,} training rows have an answer within max_length, which is "
+                f"{self.task.max_length}. Give fewer, or a larger max_length."
+            )
+        return rows
 
     def drawn(self, seed: int) -> list[dict[str, Any]]:
         """The encoded training rows of a seed."""
@@ -150,6 +161,17 @@ class Bench:
     def test(self) -> list[dict[str, Any]]:
         """The encoded test rows."""
         return encode(self.task, self.task.test, self.tokenizer)
+
+    @property
+    def notes(self) -> list[str]:
+        """How many rows are left out, if any."""
+        parts = (("training", self.task.train, self.train), ("test", self.task.test, self.test))
+        return [
+            f"{len(given) - len(kept):,} of {len(given):,} {name} rows are left out: max_length, which is "
+            f"{self.task.max_length}, cuts off their whole answer."
+            for name, given, kept in parts
+            if len(kept) < len(given)
+        ]
 
     @cached_property
     def _facts(self) -> tuple[ModelLayout, int, str]:
@@ -183,7 +205,8 @@ class Bench:
             "model": self.model_fingerprint,
             "task": self.task.fingerprint,
             "training": {name: settings[name] for name in _TRAINING if settings[name] is not None},
-            "versions": {name: v for name, v in versions().items() if name in ("torch", "transformers", "peft")},
+            "versions": {name: v for name, v in versions().items() if name in _VERSIONS},
+            "device": device(),
         }
 
     @property
@@ -210,9 +233,12 @@ class Bench:
         return names == ["all-linear"] or any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def digest(value: Any) -> str:
-    """SHA-256 over the JSON of a value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def device() -> str:
+    """What the Trainer trains on: the name of a CUDA device, else the kind of accelerator, or cpu."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from gelora_plugins.errors import ConfigError, PlanError
 from gelora_plugins.ranks import RankPlan, Site
 
 TOLERANCE = 0.01  # LoRA parameters of the methods of a row may differ by this share, and no more
+GRID = "uniform r = "
 METHODS = ("plan", "uniform", "permuted", "reversed", "eva", "adalora", "grid", "full")
 
 
@@ -165,7 +166,14 @@ def plan_row(
         permutations: how many other orders; seed number s trains the s-th of them.
         adaptive: EVA and AdaLoRA at the cost of this plan.
         keep_alpha: see `Recipe`; for the plan and its orders, not for uniform.
+
+    Raises:
+        ConfigError: the plan is called as a method is, so that the two could not be told apart where runs are read.
     """
+    if name in METHODS[1:] or name.startswith(GRID):
+        raise ConfigError(
+            f"A plan is called {name!r}, as a method of the comparison is. Give its file, which names it, another name."
+        )
     sites, notes = plan.sites, []
     found = [Method(name, (lora(plan.ranks, sites, keep_alpha=keep_alpha),))]
     if "uniform" in methods:
@@ -186,9 +194,7 @@ def plan_row(
 
 def grid_rows(ranks: Sequence[int], sites: Sequence[Site]) -> tuple[Row, ...]:
     """One row for each rank that a user would otherwise search."""
-    return tuple(
-        Row(f"uniform r = {rank}", (Method("uniform", (lora([rank] * len(sites), sites),)),)) for rank in ranks
-    )
+    return tuple(Row(f"{GRID}{rank}", (Method("uniform", (lora([rank] * len(sites), sites),)),)) for rank in ranks)
 
 
 def check_methods(methods: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from gelora_plugins.compare_stats import pareto
+from gelora_plugins.text import label
 
 if TYPE_CHECKING:
     from gelora_plugins.compare_report import Comparison
@@ -31,9 +32,9 @@ def draw_pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
                 x = cost * 1.14 ** (i - (len(group) - 1) / 2)  # side by side, or they would hide each other
                 half = result.half_width or 0.0
                 axes.errorbar(x, result.mean, yerr=half, fmt="o", markersize=4, capsize=2, color=color)
-                label = result.row if result.method == result.row or result.row not in rows else result.method
+                name = result.row if result.method == result.row or result.row not in rows else result.method
                 axes.annotate(
-                    label.removeprefix("uniform "),
+                    label(name.removeprefix("uniform ")),
                     (x, result.mean + half),
                     xytext=(0, 3),
                     textcoords="offset points",
@@ -45,7 +46,7 @@ def draw_pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("trained parameters, without the head; equal ones stand side by side")
         axes.set_ylabel(task["metric"])
-        axes.set_title(f"{task['name']} ({task['train_rows']} training rows)")
+        axes.set_title(f"{label(task['name'])} ({task['train_rows']} training rows)")
     figure.savefig(path, dpi=120)
 
 
@@ -68,9 +69,9 @@ def draw_patterns(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (title, lines) in zip(axes, panels, strict=False):
         ax.imshow([ranks for _, ranks in lines], aspect="auto", cmap="Blues", vmin=0)
-        ax.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=7)
+        ax.set_yticks(range(len(lines)), [label(name) for name, _ in lines], fontsize=7)
         ax.set_xticks([])
-        ax.set_title(title, fontsize=9)
+        ax.set_title(label(title), fontsize=9)
         for y, (_, ranks) in enumerate(lines):
             for x, rank in enumerate(ranks):
                 dark = rank > 0.6 * max(max(other) for _, other in lines)

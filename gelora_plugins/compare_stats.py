@@ -11,6 +11,7 @@ from scipy import stats
 
 LEVEL = 0.95
 POWER = 0.8
+NOT_TOLD = "not told apart"
 MIN_SEEDS = 3  # two differences have no spread worth the name
 
 
@@ -81,16 +82,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(difference: Difference, corrected_p: float, margin: float = 0.0) -> str:
-    """Says "better", "worse", or "equal within x": x bounds the difference with 95 % confidence.
+    """Says "equal within x", "better", "worse", or "not told apart".
 
-    A difference whose whole interval is within `margin` is equal, whatever its p: enough seeds show any difference.
+    Equal is what differs, with 95 % confidence, by no more than x, and x is within `margin`: whatever its p, because
+    enough seeds show any difference. A difference that no p shows is not equality; it may be as large as its interval.
     """
     if difference.interval is None:
         return f"no verdict: {difference.seeds} seeds, at least {MIN_SEEDS} are needed"
     bound = max(abs(end) for end in difference.interval)
-    if corrected_p < 1 - LEVEL and bound > margin:
+    if bound <= margin:
+        return f"equal within {bound:.3g}"
+    if corrected_p < 1 - LEVEL:
         return "better" if difference.mean > 0 else "worse"
-    return f"equal within {bound:.3g}"
+    return NOT_TOLD
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

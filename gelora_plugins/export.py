@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex  # type: ignore[import-untyped]
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gelora_plugins import records
-from gelora_plugins.errors import ConfigError, ExportError
+from gelora_plugins.errors import ConfigError, ExportError, WriteError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -28,7 +28,11 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # PEFT 0.21: fields that make the update something else than scaling * B A.
 VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 
-_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(?:embedding_)?[AB])(?P<end>\.weight|\.bias)?")
+MOST_MULTIPLE = 1024  # of a rank; a file of matrices padded further is a mistake
+MOST = 10**9  # of r and lora_alpha
+SECONDS = 1.0  # that a key of a pattern may take for one module; a sound one takes microseconds
+
+_TENSOR = regex.compile(r"(?P<module>.+)\.lora_(?P<kind>(?:embedding_)?[AB])(?P<end>\.weight|\.bias)?")
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,18 @@ def export_uniform(
     else in the configuration and all other tensors (`modules_to_save`, biases) are kept. Other files are not copied.
 
     Raises:
-        ConfigError: `rank_multiple` is less than 1.
+        ConfigError: `rank_multiple` is less than 1 or more than 1,024.
         ExportError: no plain LoRA adapter in safetensors, or `out` is there and not empty. Nothing was written.
         PlanError: adapter_config.json cannot be read.
+        WriteError: the disk is full, or `out` cannot be made.
     """
     source, target = Path(adapter), Path(out)
-    if rank_multiple < 1:
-        raise ConfigError(f"The rank multiple is {rank_multiple}; expected a whole number of at least 1.")
+    if not 1 <= rank_multiple <= MOST_MULTIPLE:
+        raise ConfigError(
+            f"The rank multiple is {rank_multiple}; expected a whole number of at least 1 and at most {MOST_MULTIPLE}."
+        )
+    if target.is_symlink() and not target.exists():
+        raise ExportError(f"{target} is a link to {target.readlink()}, which is not there; expected a new directory.")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"{target} is there already; expected a new or an empty directory.")
     config = _read_config(source)
@@ -113,7 +122,16 @@ def export_uniform(
 def _read_config(source: Path) -> dict[str, Any]:
     path = source / CONFIG
     if not path.is_file():
-        raise ExportError(f"{source} has no {CONFIG}; expected the directory that save_pretrained of PEFT wrote.")
+        # PEFT 0.21: an adapter that is not called "default" is saved in a folder of its name.
+        named = " or ".join(sorted(str(found.parent) for found in source.glob(f"*/{CONFIG}")))
+        raise ExportError(
+            f"{source} has no {CONFIG}; expected "
+            + (
+                f"an adapter's own directory, as {named} is."
+                if named
+                else "the directory that save_pretrained of PEFT wrote."
+            )
+        )
     config = records.read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -131,12 +149,18 @@ def _read_config(source: Path) -> dict[str, Any]:
             f"loaded; expected {', '.join(map(repr, PLAIN_INITS))}. Save it as plain LoRA first (save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...), see PEFT), or merge it (merge_and_unload)."
         )
-    numbers = [config.get("r"), config.get("lora_alpha")]
+    numbers: list[Any] = [config.get("r"), config.get("lora_alpha")]
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
         numbers += pattern.values() if isinstance(pattern, dict) else [pattern]
-    if not all(records.is_number(number) for number in numbers):
-        raise ExportError(f"{path}: r, lora_alpha and the values of rank_pattern and alpha_pattern must be numbers.")
+    if not all(records.is_number(number) and abs(number) <= MOST for number in numbers):
+        raise ExportError(
+            f"{path}: r, lora_alpha and the values of rank_pattern and alpha_pattern must be numbers, none above "
+            f"{MOST:,}."
+        )
+    parameters = config.get("target_parameters") or []
+    if not (isinstance(parameters, list) and all(isinstance(parameter, str) for parameter in parameters)):
+        raise ExportError(f"{path} has target_parameters {parameters!r:.80}; expected a list of names.")
     return config
 
 
@@ -211,8 +235,21 @@ def _rank_and_scaling(name: str, rows: int, config: dict[str, Any]) -> tuple[int
 
 
 def _matching(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches, as PEFT's `get_pattern_key` does it; importing that takes seconds."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    """The value of the first key that matches, as PEFT's `get_pattern_key` does it; importing that takes seconds.
+
+    Raises:
+        ExportError: a key is no regular expression, or one that may take for ever, as nested repeats do in `re`.
+    """
+    for key, value in pattern.items():
+        try:
+            if regex.match(rf"(.*\.)?({key})$", name, timeout=SECONDS):
+                return value
+        except (regex.error, TimeoutError) as error:
+            raise ExportError(
+                f"{CONFIG} has the pattern {key!r:.80}, which cannot be matched with {name}: {error}. Expected the "
+                "names of modules, or regular expressions as PEFT writes them."
+            ) from error
+    return default
 
 
 def _alpha(modules: list[_Module], rank: int, tensors: dict[str, Tensor]) -> float:
@@ -250,11 +287,14 @@ def _padded_b(b: Tensor, columns: int) -> Tensor:
 
 def _write(target: Path, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Both files or none: a directory beside `target`, renamed to it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        whole = Path(temporary, "adapter")  # with the rights that the user gives new directories
-        records.write_text(whole / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        save_file(tensors, whole / WEIGHTS, metadata=metadata)
-        with open(whole / WEIGHTS, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(whole, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+            whole = Path(temporary, "adapter")  # with the rights that the user gives new directories
+            records.write_text(whole / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_file(tensors, whole / WEIGHTS, metadata=metadata)
+            with open(whole / WEIGHTS, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(whole, target)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{target} cannot be written: {error}. Make room, or choose another place.") from error

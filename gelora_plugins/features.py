@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,28 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import LayoutError, ProbeError
-from gelora_plugins.layout import HOW_TO_REGISTER, ModelLayout, unwrap
-from gelora_plugins.probe_set import IGNORED_LABEL, Batch, ProbeSet
+from gelora_plugins.errors import LayoutError, ProbeError, blaming
+from gelora_plugins.inputs import backbone_inputs, fit_mask, token_masks
+from gelora_plugins.layout import HOW_TO_REGISTER, OWN_RANKS, ModelLayout, unwrap
+from gelora_plugins.probe_set import Batch, ProbeSet
 from gelora_plugins.processes import ALONE, Processes
 from gelora_plugins.storage import FeatureStore, own_pages
 
 logger = logging.getLogger(__name__)
 
+_TEXT = {"input_ids", "attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask"}
 Pooling = Callable[[Tensor, Tensor], Tensor]
+Autocast = Callable[[], AbstractContextManager[Any]]
+HOW_TO_MEASURE = (
+    "GeLoRA calls the model without its head, with what the batch holds and without labels. If training gives it more, "
+    "such as in a compute_loss of your own, give the model that as its default, or make a plan from rows that it takes "
+    "and pass plan=..."
+)
+
+NOT_TOKENS = (
+    "GeLoRA cannot measure blocks that pass on anything else than one vector for each token of the inputs, in their "
+    f"order. {OWN_RANKS.removeprefix('Or ').capitalize()}"
+)
 
 
 @contextmanager
@@ -64,6 +76,7 @@ def read_documents(
     stop: int | None = None,
     processes: Processes = ALONE,
     progress: bool = True,
+    autocast: Autocast = nullcontext,
 ) -> int:
     """`collect_features` of the documents that `store` lacks, up to number `stop`.
 
@@ -79,8 +92,8 @@ def read_documents(
         if size == 1:
             raise ProbeError(
                 "Memory ran out in a forward pass with one document. Lower probe_max_length (now "
-                f"{config.probe_max_length}), load the model in bfloat16 or 4 bits, or make the plan on a device with "
-                "more memory and pass plan=..."
+                f"{config.probe_max_length}; it cuts text, not images or sounds), load the model in bfloat16 or 4 "
+                "bits, or make the plan on a device with more memory and pass plan=..."
             )
         size //= 2
         logger.warning("Memory ran out while GeLoRA measured; trying again with %d documents in a batch.", size)
@@ -92,7 +105,7 @@ def read_documents(
         batches = probe_set.batches(batch_size, start, stop)
         total = -(-len(probe_set.documents[start:stop]) // batch_size)
         with tqdm(batches, total=total, desc="GeLoRA probe", unit="batch", disable=not progress) as bar:
-            return collect_features(model, layout, bar, pooling, store, processes)
+            return collect_features(model, layout, bar, pooling, store, processes, autocast)
 
     return int(read())
 
@@ -104,6 +117,7 @@ def collect_features(
     pooling: Pooling,
     store: FeatureStore,
     processes: Processes = ALONE,
+    autocast: Autocast = nullcontext,
 ) -> int:
     """Run `batches` through the backbone of `model`, pool what enters and leaves every block, and append it to `store`.
 
@@ -112,6 +126,7 @@ def collect_features(
         batches: inputs of the backbone; those it does not take (labels, say) are left out.
         pooling: (hidden (documents, tokens, features), mask (documents, tokens)) -> (documents, features).
         processes: those that share the batches out among them. The first one's `batches` and `store` count.
+        autocast: what the forward passes run under, as they do in training.
 
     Returns:
         How many real tokens went through the backbone.
@@ -122,7 +137,7 @@ def collect_features(
         LayoutError: a block was not called, or more than once, in a forward pass.
     """
     num_tokens = 0
-    with reading(model, layout, pooling) as read:
+    with reading(model, layout, pooling, autocast) as read:
         for batch in processes.share(batches):
             with processes.together():
                 mine = None if batch is None else read(batch)
@@ -136,31 +151,30 @@ def collect_features(
 
 @contextmanager
 def reading(
-    model: nn.Module, layout: ModelLayout, pooling: Pooling
+    model: nn.Module, layout: ModelLayout, pooling: Pooling, autocast: Autocast = nullcontext
 ) -> Iterator[Callable[[Batch], tuple[list[Tensor], int]]]:
     """A function that gives the points of a batch, (documents, features) for each boundary, and its real tokens.
 
-    The points are overwritten by those of the next batch.
+    The points are overwritten by those of the next batch. The forward pass runs under `autocast`; the pooling does not.
     """
     root = unwrap(model)
     backbone = root.get_submodule(layout.backbone)
-    accepted = inspect.signature(backbone.forward).parameters
     device = input_device(backbone)
-    recorder = _Recorder(layout, pooling)
+    recorder = _Recorder(backbone, layout, pooling)
 
     def read(batch: Batch) -> tuple[list[Tensor], int]:
-        inputs = {name: value.to(device) for name, value in with_decoder_inputs(root, batch).items()}
-        arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name in accepted}
-        arguments.pop("labels", None)  # a model that is its own backbone, T5 with its head, would make a loss
-        if not arguments:
-            raise ProbeError(
-                f"A batch has {', '.join(inputs) or 'no tensors'}; expected inputs that {type(backbone).__name__} "
-                f"takes, such as {', '.join(list(accepted)[:3])}."
-            )
-        if "use_cache" in accepted:
-            arguments["use_cache"] = False
-        recorder.begin_batch(_masks(inputs, layout))
-        backbone(**arguments)
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+        with blaming(f"The forward pass of {type(backbone).__name__} with {shapes or 'no tensors'}", HOW_TO_MEASURE):
+            return forward(batch)
+
+    def forward(batch: Batch) -> tuple[list[Tensor], int]:
+        inputs = {name: value.to(device) for name, value in batch.items()}
+        arguments = backbone_inputs(root, backbone, inputs)
+        if inputs.keys() <= _TEXT:  # a model that reads images as well replaces the ids that stand for them
+            _check_ids(root, arguments)
+        recorder.begin_batch(token_masks({**inputs, **arguments}, len(layout.stacks)))
+        with autocast():
+            backbone(**arguments)
         return recorder.end_batch()
 
     with ExitStack() as stack:
@@ -196,42 +210,31 @@ def _shorten_head(model: nn.Module) -> Callable[[], None]:
     return head.register_forward_pre_hook(one_token).remove  # type: ignore[no-any-return]
 
 
-def with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
-    """`batch` with the decoder's inputs, which an encoder-decoder model of transformers makes from the labels."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return batch
-    if "labels" in batch and "decoder_attention_mask" not in batch:  # collators make none
-        batch = {**batch, "decoder_attention_mask": batch["labels"] != IGNORED_LABEL}
-    if "decoder_input_ids" in batch:
-        return batch
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None or "labels" not in batch:
-        raise ProbeError(
-            f"{type(model).__name__} needs decoder inputs; expected `decoder_input_ids` in the batch, or `labels` "
-            "and a model that can shift them (one with a language-model head)."
-        )
-    # Models fill ignored labels with the padding token themselves.
-    return {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
-
-
-def _masks(inputs: Batch, layout: ModelLayout) -> list[Tensor | None]:
-    """For each stack which tokens are real: (documents, tokens) bool. None, as for images, means that all are."""
-    masks: list[Tensor | None] = []
-    for prefix, _ in zip(("", "decoder_"), layout.stacks, strict=False):
-        mask = inputs.get(f"{prefix}attention_mask")
-        if mask is None or mask.dim() != 2:
-            ids = inputs.get(f"{prefix}input_ids")
-            mask = None if ids is None else torch.ones_like(ids)
-        if mask is not None and not mask.bool().any(dim=1).all():
-            raise ProbeError("A document of the training data has no tokens; leave empty rows out.")
-        masks.append(None if mask is None else mask.bool())
-    return masks
+def _check_ids(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Raises ProbeError where a token id has no embedding: on a GPU that ends the process, on a CPU it names no id."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return
+    count = getattr(embeddings, "num_embeddings", None)
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = inputs.get(name)
+        if ids is None or not isinstance(count, int):
+            continue
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            raise ProbeError(
+                f"{name} has the token {low if low < 0 else high}, and the model's vocabulary the tokens 0 to "
+                f"{count - 1}. Use the tokenizer that belongs to the model, or resize the model's embeddings for the "
+                "tokens that were added (resize_token_embeddings)."
+            )
 
 
 class _Recorder:
     """Pools hidden states in forward hooks, so that no full hidden state outlives its block."""
 
-    def __init__(self, layout: ModelLayout, pooling: Pooling) -> None:
+    def __init__(self, backbone: nn.Module, layout: ModelLayout, pooling: Pooling) -> None:
+        self.backbone = backbone
         self.layout = layout
         self.pooling = pooling
         self.masks: list[Tensor | None] = []
@@ -265,18 +268,21 @@ class _Recorder:
         shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else ()
         if mask is None and len(shape) == 3:
             mask = self.masks[stack] = torch.ones(shape[:2], dtype=torch.bool)
+        elif mask is not None and len(shape) == 3 and mask.shape != shape[:2]:
+            mask = self.masks[stack] = fit_mask(mask, shape[1], self.backbone)
         if mask is None or len(shape) != 3 or shape[:2] != mask.shape:
             expected = f" with documents and tokens {tuple(mask.shape)}" if mask is not None else ""
             raise ProbeError(
                 f"The hidden state at boundary {boundary} is {shape or type(hidden).__name__}; expected (documents, "
-                f"tokens, features){expected}."
+                f"tokens, features){expected}. {NOT_TOKENS}"
             )
         if self.seen[boundary]:
             raise LayoutError(
                 f"Boundary {boundary} was passed twice in one forward pass: blocks that are shared between layers "
                 f"have no rank of their own. {HOW_TO_REGISTER}"
             )
-        points = self.pooling(hidden, mask.to(hidden.device)).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            points = self.pooling(hidden, mask.to(hidden.device)).float()
         if points.dim() != 2 or len(points) != len(mask):
             raise ProbeError(
                 f"The pooling made points of shape {tuple(points.shape)} of {len(mask)} documents; expected "
@@ -311,7 +317,9 @@ class _Recorder:
         missing = [boundary for boundary, seen in enumerate(self.seen) if not seen]
         if missing:
             raise LayoutError(
-                f"Boundaries {missing} were not passed in the forward pass of the backbone. {HOW_TO_REGISTER}"
+                f"Boundaries {missing} were not passed in the forward pass of the backbone. Where its blocks read what "
+                "the rows lack, such as images, train on rows that have it, with the collator that makes a batch of "
+                f"them. Otherwise leave those blocks out. {HOW_TO_REGISTER}"
             )
         masks = [mask for mask in self.masks if mask is not None]
         points = [room[: len(masks[0])] for room in self.points if room is not None]

@@ -1,21 +1,19 @@
-"""LoRA configurations, before there is an adapter: what one would adapt, and one with the ranks of a plan."""
+"""LoRA configurations, before there is an adapter: which can be counted, and one with the ranks of a plan."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from gelora_plugins.errors import ApplyError, LayoutError, PlanError
 from gelora_plugins.layout import ModelLayout
-from gelora_plugins.ranks import RankPlan, Site, layout_sites
+from gelora_plugins.ranks import RankPlan
 
 IN_PLACE_ROUTE = (
     "Make the adapter first, with get_peft_model(model, config); GeLoRA then gives it its ranks in place, with "
@@ -30,6 +28,9 @@ NEEDS_DATA = {
 }
 # The projections that transformers 5 fuses, by the names that PEFT's `target_modules` still may have for them.
 EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# Attribute of a LoraConfig that a plan was written into: the patterns that it had before, which are the user's. Not a
+# field, so PEFT saves nothing of it.
+OWN_PATTERNS = "_patterns_before_gelora"
 
 
 def matches_pattern(config: LoraConfig, name: str) -> bool:
@@ -39,35 +40,8 @@ def matches_pattern(config: LoraConfig, name: str) -> bool:
     )
 
 
-def config_sites(layout: ModelLayout, config: LoraConfig) -> tuple[Site, ...]:
-    """The sites that `config` would adapt on a model without an adapter, by PEFT's own rules.
-
-    Raises:
-        LayoutError: it would adapt none, or has no target modules and PEFT has no default for the model, or what it
-            adapts can only be known once the adapter is made.
-    """
-    _check_countable(layout, config)
-    resolved = copy.copy(config)
-    if resolved.target_modules is None:
-        resolved.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(layout.model_type)
-        if resolved.target_modules is None:
-            raise LayoutError(
-                f"PEFT has no default target modules for {layout.model_type!r} models; expected target_modules in the "
-                'LoRA configuration, "all-linear" for example.'
-            )
-    elif isinstance(resolved.target_modules, str) and resolved.target_modules.lower() == "all-linear":
-        resolved.target_modules = {linear.name for block in layout.blocks for linear in block.linears}
-    sites = layout_sites(
-        layout,
-        lambda name: bool(check_target_module_exists(resolved, name)) and not matches_pattern(config, name),
-    )
-    if not sites:
-        raise LayoutError(f"target_modules={config.target_modules!r} names no linear map in the transformer blocks.")
-    return sites
-
-
-def _check_countable(layout: ModelLayout, config: LoraConfig) -> None:
-    """Raises LayoutError when a layout of linear maps does not show all that `config` adapts."""
+def check_countable(layout: ModelLayout, config: LoraConfig) -> None:
+    """Raises LayoutError when what `config` adapts is only known once the adapter is made."""
     if config.layer_replication:
         raise LayoutError(
             f"layer_replication={config.layer_replication} makes blocks that the model does not have yet, so their "
@@ -95,12 +69,13 @@ def _becomes_fused(model_type: str, config: LoraConfig) -> bool:
     return bool(probe.target_parameters)
 
 
-def with_plan(config: LoraConfig, plan: RankPlan) -> LoraConfig:
+def planned_config(config: LoraConfig, plan: RankPlan) -> LoraConfig:
     """A copy of `config` with the ranks of `plan`; modules that the user's own patterns name stay the user's.
 
     Raises:
         PlanError: the plan keeps another scaling than `config` has, or has ranks that `config` cannot take.
     """
+    config = users_config(config)
     blocks = {block.name: [linear.name for linear in block.linears] for block in plan.profile.layout.blocks}
     odd = [site.name for site, rank in zip(plan.sites, plan.ranks, strict=True) if rank % 2]
     if config.init_lora_weights == "orthogonal" and odd:
@@ -112,7 +87,7 @@ def with_plan(config: LoraConfig, plan: RankPlan) -> LoraConfig:
 
 
 def with_patterns(config: LoraConfig, plan: RankPlan, modules: Mapping[str, list[str]]) -> LoraConfig:
-    """`with_plan`, for the modules of each block.
+    """`planned_config`, for the modules of each block.
 
     Where a block has modules of the user's its other modules get a key each: the first match wins, but
     `save_pretrained` sorts the keys (PEFT 0.21), so no key of ours may match a module of the user's. EVA alone matches
@@ -129,7 +104,38 @@ def with_patterns(config: LoraConfig, plan: RankPlan, modules: Mapping[str, list
             ranks[key], alphas[key] = rank, plan.alpha(rank)
     changed = copy.copy(config)  # TRL's "ref" adapter shares the user's object
     changed.rank_pattern, changed.alpha_pattern = ranks, alphas
+    setattr(changed, OWN_PATTERNS, (config.rank_pattern, config.alpha_pattern))
     return changed
+
+
+def users_config(config: LoraConfig) -> LoraConfig:
+    """`config` without the patterns of a plan that `with_plan` or `apply_plan` wrote into it."""
+    own = getattr(config, OWN_PATTERNS, None)
+    return config if own is None else _with_own(config, *own)
+
+
+def without_plan(config: LoraConfig, plan: RankPlan, names: Iterable[str]) -> LoraConfig:
+    """`config` without the patterns of `plan`, whoever wrote them: from a file, or with `plan.lora_config_kwargs()`.
+
+    Args:
+        names: the target modules.
+    """
+    if hasattr(config, OWN_PATTERNS):
+        return users_config(config)
+    keys = {key for site in plan.sites for key in (site.pattern, site.pattern.removeprefix("^"))}
+    for site, rank in zip(plan.sites, plan.ranks, strict=True):
+        inside = [re.escape(name) for name in names if name.startswith(f"{site.name}.")]
+        keys.update(key for name in inside for key in (f"^{name}", name) if config.rank_pattern.get(key) == rank)
+    ranks = {key: rank for key, rank in config.rank_pattern.items() if key not in keys}
+    alphas = {key: alpha for key, alpha in config.alpha_pattern.items() if key not in keys}
+    return _with_own(config, ranks, alphas)
+
+
+def _with_own(config: LoraConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoraConfig:
+    own = copy.copy(config)
+    own.rank_pattern, own.alpha_pattern = dict(ranks), dict(alphas)
+    vars(own).pop(OWN_PATTERNS, None)
+    return own
 
 
 def check_initialisation(config: LoraConfig) -> None:
@@ -139,6 +145,6 @@ def check_initialisation(config: LoraConfig) -> None:
         raise ApplyError(
             f"init_lora_weights={config.init_lora_weights!r} needs {needed}, for which GeLoRACallback(lora_config=...) "
             "leaves no room. Choose the ranks in a step of your own: plan = select_ranks(model, rows, "
-            "lora_config=config), then with_plan(config, plan) from gelora_plugins.lora_config; make the adapter as "
+            "lora_config=config), then gelora_plugins.with_plan(config, plan, model); make the adapter as "
             "PEFT describes, and train it without GeLoRACallback."
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gelora_plugins.errors import DimensionError
 
-REPEAT_TOLERANCE = 1e-5  # in units of the root mean square distance of the points from their mean
+REPEAT_TOLERANCE = 1e-5  # in units of the spread of the points, see `_spread`
 _SPARE = 8  # neighbours listed beyond the k asked for, so that rounding seldom pushes one of the k off the list
 _TILE_BYTES = 16 * 2**20  # of the product: large enough to be fast, small enough for a processor's last cache
 _SMALL_TILE_BYTES = 2**20  # of what is only read once: fits the second cache
@@ -79,15 +79,15 @@ def neighbour_distances(points: Tensor, k: int = 2) -> Tensor:
 def repeats(points: Tensor, search: Callable[[Tensor], Neighbours], least: int = 2) -> tuple[Tensor, Neighbours | None]:
     """Which of `points` (n, D) coincide with another that stays: (n,) bool; and `search` of the points that stay.
 
-    Two points coincide when they are nearer than REPEAT_TOLERANCE times the root mean square distance from the mean.
-    The first of each group stays. Equal rows are found without a search, and the search of the others is the one that
-    finds the near repeats; only these cost a second search. None is made of fewer than `least` points.
+    Two points coincide when they are nearer than REPEAT_TOLERANCE times the spread of all. The first of each group
+    stays. Equal rows are found without a search, and the search of the others is the one that finds the near repeats;
+    only these cost a second search. None is made of fewer than `least` points.
     """
     n = len(points)
     index = torch.arange(n, device=points.device)
     group = torch.unique(points, dim=0, return_inverse=True)[1]
     repeated = torch.full_like(index, n).scatter_reduce(0, group, index, "amin")[group] != index
-    tolerance = REPEAT_TOLERANCE * points.double().var(dim=0, correction=0).sum().sqrt()
+    tolerance = REPEAT_TOLERANCE * _spread(points)
     while True:
         stay = (~repeated).nonzero().flatten()
         if len(stay) < least:
@@ -98,6 +98,17 @@ def repeats(points: Tensor, search: Callable[[Tensor], Neighbours], least: int =
         if not late.any():
             return repeated, found
         repeated[stay[late]] = True
+
+
+def _spread(points: Tensor) -> Tensor:
+    """How far from their coordinates' medians all but the farthest twentieth of `points` (n, D) lie: a float64 scalar.
+
+    One document a million times farther than the rest would set the root mean square distance alone, and all others
+    would seem to coincide. A smaller share than 95 % would be the spread of the coinciding points where most coincide.
+    """
+    differences = points - points.median(dim=0).values
+    distances: Tensor = torch.linalg.vector_norm(differences, dim=1, dtype=torch.float64)
+    return distances.quantile(0.95)
 
 
 @contextmanager

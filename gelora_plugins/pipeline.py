@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
-from gelora_plugins import plugins
+from gelora_plugins import generators, plugins
 from gelora_plugins.adapter import find_adapter
 from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
-from gelora_plugins.errors import DimensionError
-from gelora_plugins.features import leaving_no_trace, read_documents
+from gelora_plugins.errors import DimensionError, blaming
+from gelora_plugins.features import Autocast, leaving_no_trace, read_documents
+from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import ModelLayout, unwrap
-from gelora_plugins.lora_config import config_sites
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions, make_plan
 from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
 from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.provenance import model_fingerprint, model_name, other_model
 from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.rehearsal import config_sites
 from gelora_plugins.storage import FeatureStore
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 FIRST_CHUNK = 256  # documents; with fewer, the standard errors themselves are rough
 
@@ -38,18 +45,21 @@ def select_ranks(
     collator: Collator | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
+    autocast: Autocast = nullcontext,
 ) -> RankPlan:
     """Measure `dataset` in `model` and choose a LoRA rank for every block. The model is left as it was.
 
     Args:
         model: a model without an adapter, or a PEFT model whose LoRA adapter has not been trained.
-        dataset: the training rows, with `input_ids`; others need a `collator`.
+        dataset: the training rows, with `input_ids`; others need a `collator`. A bare iterator is used up as far as it
+            is read, and a data set that would lose its rows so is refused.
         config: the options.
         lora_config: for a model without an adapter, the configuration it will get; the default adapts every
             linear map of the blocks with PEFT's default `r` and `lora_alpha`.
         progress: whether to show a progress bar.
         processes: `Processes.all()` where every process of a run makes this call: they share the work, the first
             one's rows are read, and all get its plan.
+        autocast: what the forward passes run under: the mixed precision of the training, where it has one.
 
     Returns:
         The plan: `apply_plan(model, plan)` for an adapter that exists, `LoraConfig(**plan.lora_config_kwargs())`
@@ -70,11 +80,13 @@ def select_ranks(
             lora_config, sites = adapter.config, adapter.sites(layout)
         else:
             lora_config = lora_config or _default_lora_config()
-            sites = config_sites(layout, lora_config)
+            sites = config_sites(model, layout, lora_config)
     r, lora_alpha, use_rslora = lora_config.r, lora_config.lora_alpha, lora_config.use_rslora
     if config.plan is not None:
-        return processes.decide(partial(_load_plan, config.plan, sites, r, lora_alpha, use_rslora))
-    profile = measure(model, dataset, config, layout=layout, collator=collator, progress=progress, processes=processes)
+        return processes.decide(partial(_load_plan, config.plan, model, sites, r, lora_alpha, use_rslora))
+    how: dict[str, Any] = {"layout": layout, "collator": collator, "progress": progress, "processes": processes}
+    with generators.kept(dataset, collator):
+        profile = measure(model, dataset, config, **how, autocast=autocast)
     return processes.decide(lambda: make_plan(profile, config, sites, r, lora_alpha=lora_alpha, use_rslora=use_rslora))
 
 
@@ -84,17 +96,16 @@ def _default_lora_config() -> LoraConfig:
     return LoraConfig(target_modules="all-linear")
 
 
-def _load_plan(path: str, sites: tuple[Site, ...], r: int, lora_alpha: float, use_rslora: bool) -> RankPlan:
+def _load_plan(
+    path: str, model: nn.Module, sites: tuple[Site, ...], r: int, lora_alpha: float, use_rslora: bool
+) -> RankPlan:
     plan = RankPlan.load(path)
     plan.check_sites(sites)
     plan.check_scaling(r, lora_alpha, use_rslora)
+    other = other_model(plan.profile, model)
+    if other is not None:
+        logger.warning("%s: %s", path, other)
     return plan
-
-
-def find_layout(model: nn.Module) -> ModelLayout:
-    """The layout that the first plugin to know the model gives. Raises LayoutError when none does."""
-    layout: ModelLayout = plugins.plugin_manager().hook.find_model_layout(model=model)
-    return layout
 
 
 def measure(
@@ -106,6 +117,7 @@ def measure(
     collator: Collator | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
+    autocast: Autocast = nullcontext,
 ) -> DimensionProfile:
     """The intrinsic dimension of the hidden states of `dataset` at every block boundary of `model`.
 
@@ -121,15 +133,30 @@ def measure(
         plugins.find("estimator", config.estimator)
         pooling = plugins.find("pooling", config.pooling)
         layout = layout or find_layout(model)
-        probe_set = _choose(model, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
+        probe_set = _choose(model, layout, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
     counts = processes.decide(lambda: _growing(probe_set.num_documents, config))
+    origin = {
+        "layout": layout,
+        "model_name": model_name(model),
+        "model_fingerprint": model_fingerprint(model, layout),
+        "options": config.measured(),
+    }
     num_tokens = 0
     with FeatureStore(config.feature_storage, counts[-1]) as store:
         for stop in counts:
             num_tokens += read_documents(
-                model, layout, probe_set, pooling, store, config, stop=stop, processes=processes, progress=progress
+                model,
+                layout,
+                probe_set,
+                pooling,
+                store,
+                config,
+                stop=stop,
+                processes=processes,
+                progress=progress,
+                autocast=autocast,
             )
-            facts = {"layout": layout, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
+            facts = {**origin, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
             profile = processes.decide(partial(_profile, store, probe_set, config, facts))
             if profile is not None and _is_known(profile):
                 break
@@ -138,9 +165,13 @@ def measure(
     return profile
 
 
-def _choose(model: nn.Module, dataset: Any, config: GeLoRAConfig, collator: Collator | None) -> ProbeSet:
-    with leaving_no_trace(model):  # rows may be augmented at random when they are read
-        probe_set = choose_documents(dataset, config, unwrap(model).config, collator)
+def _choose(
+    model: nn.Module, layout: ModelLayout, dataset: Any, config: GeLoRAConfig, collator: Collator | None
+) -> ProbeSet:
+    root, advice = unwrap(model), "Mend what reads the rows, or pass rows that can be read."
+    model_config, accepted = getattr(root, "config", None), accepted_inputs(root, layout)
+    with leaving_no_trace(model), blaming("Reading the training data", advice):  # which may augment rows at random
+        probe_set = choose_documents(dataset, config, model_config, collator, accepted)
     if probe_set.num_documents < MIN_POINTS:
         raise DimensionError(
             f"The training data has {probe_set.num_documents} distinct documents ({probe_set.num_repeats} repeats were "

@@ -4,12 +4,17 @@ from collections.abc import Callable
 from functools import lru_cache, wraps
 from importlib.metadata import entry_points
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from gelora_plugins import hookspecs
-from gelora_plugins.errors import ConfigError, GeLoRAError, PluginError
+from gelora_plugins.errors import ConfigError, GeLoRAError, LayoutError, PluginError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gelora_plugins.layout import ModelLayout
 
 BUILT_INS = "gelora"  # name of the plugin that the package brings itself
 _KINDS = {
@@ -41,6 +46,25 @@ def plugin_manager() -> pluggy.PluginManager:
                 "Mend it, or uninstall the distribution that brings it."
             ) from error
     return manager
+
+
+def find_layout(model: "nn.Module") -> "ModelLayout":
+    """The layout that the first plugin to know the model gives.
+
+    Raises:
+        LayoutError: none does, or the search fails in code of the model or of a plugin.
+    """
+    try:
+        layout: ModelLayout = plugin_manager().hook.find_model_layout(model=model)
+    except GeLoRAError:
+        raise
+    except Exception as error:
+        raise LayoutError(
+            f"The search for the transformer blocks of {type(model).__name__} failed: {type(error).__name__}: {error}. "
+            "Write a plugin with a `find_model_layout(model)` hook for it (see examples/plugin), or mend the one there "
+            "is."
+        ) from error
+    return layout
 
 
 def find(kind: str, name: str) -> Callable[..., Any]:

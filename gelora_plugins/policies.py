@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 from gelora_plugins import plugins
 from gelora_plugins.config import GeLoRAConfig
@@ -25,6 +26,8 @@ def make_plan(
 ) -> RankPlan:
     """The ranks that `config.policy` gives `sites`, and how often it gives others on redraws of `profile`, as a plan.
 
+    A rank above what the matrices of a site can hold is held to that.
+
     Raises:
         ConfigError: the policy does not exist.
         PlanError: the policy returned something else than one rank of at least 1 per site, for the profile or for one
@@ -39,7 +42,7 @@ def make_plan(
         try:
             return RankPlan(
                 sites=tuple(sites),
-                ranks=tuple(ranks),
+                ranks=_held(tuple(ranks), sites, base_rank),
                 base_rank=base_rank,
                 lora_alpha=lora_alpha,
                 use_rslora=use_rslora,
@@ -89,7 +92,8 @@ def budget(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, con
 def within_budget(needs: Sequence[float], sites: Sequence[Site], base_rank: int) -> list[int]:
     """Ranks proportional to `needs`, one per site, within the LoRA parameters that `base_rank` everywhere costs.
 
-    No rank is below 1. What whole ranks leave over goes to the largest remainders, one rank each, where it fits. So no
+    No rank is below 1, or above what the matrices of its site can hold; where all are at that bound, the rest of the
+    budget is not spent. What whole ranks leave over goes to the largest remainders, one rank each, where it fits. So no
     rank is further than 1 from its share, and the cost is exactly the budget where all sites cost the same, else under
     it by less than one rank of any site that got none.
 
@@ -98,12 +102,13 @@ def within_budget(needs: Sequence[float], sites: Sequence[Site], base_rank: int)
     """
     costs = [site.parameters_per_rank for site in sites]
     total = base_rank * sum(costs)
-    exact = _proportional([Fraction(need) for need in needs], costs, total)
+    most = [site.most(base_rank) for site in sites]
+    exact = _proportional([Fraction(need) for need in needs], costs, most, total)
     ranks = [math.floor(share) for share in exact]
     left = total - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     order = sorted(range(len(sites)), key=lambda i: (ranks[i] - exact[i], i))  # largest remainder first
     for i in order:
-        if costs[i] <= left:
+        if costs[i] <= left and ranks[i] < most[i]:
             ranks[i] += 1
             left -= costs[i]
     return ranks
@@ -114,17 +119,34 @@ def uniform(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, co
     return [base_rank] * len(sites)
 
 
-def _proportional(needs: Sequence[Fraction], costs: Sequence[int], total: int) -> list[Fraction]:
-    """Shares proportional to `needs`, each at least 1, that cost `total` together. Exact arithmetic."""
+def _proportional(needs: Sequence[Fraction], costs: Sequence[int], most: Sequence[int], total: int) -> list[Fraction]:
+    """Shares proportional to `needs`, each from 1 to its `most`, that cost `total` together. Exact arithmetic.
+
+    Of the shares that the common factor puts out of bounds, those on the side that costs more stay at their bound
+    whatever the factor becomes; so they are fixed, and the others share the rest (Bitran and Hax 1981).
+    """
+    shares = [Fraction(1)] * len(needs)
     free = set(range(len(needs)))
     while free:
-        left = total - sum(cost for i, cost in enumerate(costs) if i not in free)
-        factor = Fraction(left) / sum(needs[i] * costs[i] for i in free)
-        below = {i for i in free if needs[i] * factor < 1}
-        if not below:
-            return [needs[i] * factor if i in free else Fraction(1) for i in range(len(needs))]
-        free -= below
-    return [Fraction(1)] * len(needs)
+        left = total - sum(shares[i] * costs[i] for i in range(len(needs)) if i not in free)
+        wanted = sum(needs[i] * costs[i] for i in free)
+        for i in free:
+            shares[i] = needs[i] * left / wanted if wanted else Fraction(0)
+        below, above = {i for i in free if shares[i] < 1}, {i for i in free if shares[i] > most[i]}
+        if not below and not above:
+            break
+        short = sum((1 - shares[i]) * costs[i] for i in below) - sum((shares[i] - most[i]) * costs[i] for i in above)
+        fixed = (below if short >= 0 else set()) | (above if short <= 0 else set())
+        for i in fixed:
+            shares[i] = Fraction(1) if i in below else Fraction(most[i])
+        free -= fixed
+    return shares
+
+
+def _held(ranks: tuple[Any, ...], sites: Sequence[Site], base_rank: int) -> tuple[Any, ...]:
+    if len(ranks) != len(sites) or not all(isinstance(rank, int) for rank in ranks):
+        return ranks  # which makes no plan
+    return tuple(min(rank, site.most(base_rank)) for rank, site in zip(ranks, sites, strict=True))
 
 
 def _need(difference: float | None) -> float:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -12,16 +12,26 @@ from gelora_plugins.dimension import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
 
+MAX_RANK = 2**16  # no linear map of a model that is trained today has a side that is longer
+
 
 @dataclass(frozen=True)
 class Site:
     """Where one rank applies: all target modules below the module path `name`.
 
-    `parameters_per_rank` is what one more rank costs there: the sum of inputs and outputs of the target modules.
+    Attributes:
+        parameters_per_rank: what one more rank costs there: the sum of inputs and outputs of the target modules.
+        max_rank: the shortest side of any of them: no matrix holds a higher rank. None in plans that were written
+            before this was recorded.
     """
 
     name: str
     parameters_per_rank: int
+    max_rank: int | None = None
+
+    def most(self, base_rank: int) -> int:
+        """The largest rank to choose here: what the matrices hold, or the user's own `r` where that is more."""
+        return records.MAX_INT if self.max_rank is None else max(self.max_rank, base_rank)
 
     @property
     def pattern(self) -> str:
@@ -35,7 +45,10 @@ def layout_sites(layout: ModelLayout, is_target: Callable[[str], bool]) -> tuple
     for block in layout.blocks:
         targets = [linear for linear in block.linears if is_target(linear.name)]
         if targets:
-            sites.append(Site(block.name, sum(linear.in_features + linear.out_features for linear in targets)))
+            cost = sum(linear.in_features + linear.out_features for linear in targets)
+            sites.append(
+                Site(block.name, cost, min(min(linear.in_features, linear.out_features) for linear in targets))
+            )
     return tuple(sites)
 
 
@@ -69,15 +82,20 @@ class RankPlan:
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.sites) or not self.sites:
             raise PlanError(f"A plan has {len(self.ranks)} ranks for {len(self.sites)} sites; expected one each.")
+        if not (1 <= self.base_rank <= MAX_RANK and 0 < self.lora_alpha <= records.MAX_INT):
+            raise PlanError(
+                f"r is {self.base_rank} and lora_alpha is {self.lora_alpha}; expected positive numbers, r no more "
+                f"than {MAX_RANK}."
+            )
         for site, rank in zip(self.sites, self.ranks, strict=True):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise PlanError(f"The rank of {site.name} is {rank!r}; expected a whole number of at least 1.")
-            if site.parameters_per_rank < 1:
+            if site.parameters_per_rank < 1 or site.max_rank == 0:
                 raise PlanError(f"One rank of {site.name} costs {site.parameters_per_rank} parameters; expected some.")
+            if rank > MAX_RANK:
+                raise PlanError(f"The rank of {site.name} is {rank!s:.80}; expected no more than {MAX_RANK}.")
         if len({site.name for site in self.sites}) != len(self.sites):
             raise PlanError("Two sites of a plan have the same name.")
-        if self.base_rank < 1 or not self.lora_alpha > 0:
-            raise PlanError(f"r is {self.base_rank} and lora_alpha is {self.lora_alpha}; expected positive numbers.")
         blocks = {block.name for block in self.profile.layout.blocks}
         unknown = [site.name for site in self.sites if site.name not in blocks]
         if unknown:
@@ -92,6 +110,14 @@ class RankPlan:
         from gelora_plugins.report import plan_table, render
 
         return render(plan_table(self))
+
+    def full_sites(self) -> tuple[Site, ...]:
+        """The sites that got the largest rank which their matrices can hold, and more than `base_rank`."""
+        return tuple(
+            site
+            for site, rank in zip(self.sites, self.ranks, strict=True)
+            if rank > self.base_rank and rank == site.max_rank
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -143,7 +169,8 @@ class RankPlan:
                 raise PlanError(
                     f"The plan is for another model, or for other target modules: one rank of {name} costs "
                     f"{mine.get(name, 'nothing')} parameters in the plan and {theirs.get(name, 'nothing')} in the "
-                    "model. Make a plan for this model and these target modules."
+                    f"model.{_other_prefix(list(mine), list(theirs))} Make a plan for this model and these target "
+                    "modules."
                 )
         for site, rank in zip(self.sites, self.ranks, strict=True):
             # Beyond that a rank adds nothing to any of them, and the matrices may not fit into memory.
@@ -208,4 +235,16 @@ class RankPlan:
 
 def _site_from_dict(data: Mapping[str, Any]) -> Site:
     get = records.reader(data, "site")
-    return Site(get("name", str), get("parameters_per_rank", int))
+    return Site(get("name", str), get("parameters_per_rank", int), get("max_rank", int, null=True, since=True))
+
+
+def _other_prefix(mine: Sequence[str], theirs: Sequence[str]) -> str:
+    """What to say where the blocks of a plan and of a model differ in how their names begin, and in nothing else."""
+    for longer, shorter, whose in ((theirs, mine, "the model's"), (mine, theirs, "the plan's")):
+        prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
+        if prefix and prefix != longer[0] and list(longer) == [prefix + name for name in shorter]:
+            return (
+                f" All that differs is the beginning of the names: {whose} have {prefix!r} before {shorter[0]!r}, as "
+                "when one is the other with a head around it."
+            )
+    return ""

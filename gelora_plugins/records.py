@@ -3,8 +3,8 @@
 import json
 import os
 import re
+import secrets
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from gelora_plugins.errors import PlanError, WriteError
 
 SCHEMA = 1
+MAX_INT = 2**53  # larger ones are not exact in every reader of JSON, and overflow where they are divided
+MAX_BYTES = 64 * 2**20  # of a record: that of a model with 1000 blocks has a few
 
 
 def is_number(value: Any) -> bool:
@@ -20,10 +22,11 @@ def is_number(value: Any) -> bool:
 
 
 def reader(data: Any, where: str, kind: str | None = None) -> Callable[..., Any]:
-    """A function `get(key, type, null=False)` that reads `data[key]` and checks its type; `null` allows None.
+    """A function `get(key, type, null=False, since=False)` that reads `data[key]` and checks its type.
 
-    Numbers must be finite and, for int, not negative: no record of GeLoRA holds others. Every key must be there,
-    because every record is written with all of them.
+    `null` allows None; `since` says that earlier versions did not write the key, and gives None where it is missing.
+    Every other key must be there, because every record is written with all of them. Numbers must be finite and, for
+    int, from 0 to MAX_INT: no record of GeLoRA holds others.
 
     Raises:
         PlanError: `data` is not a mapping, has another `kind` or an unknown schema; or, from `get`, a missing
@@ -40,7 +43,9 @@ def reader(data: Any, where: str, kind: str | None = None) -> Callable[..., Any]
                 "Make it again with this version, or install the version that wrote it."
             )
 
-    def get(key: str, type_: type, null: bool = False) -> Any:
+    def get(key: str, type_: type, null: bool = False, since: bool = False) -> Any:
+        if key not in data and since:
+            return None
         if key not in data:
             raise PlanError(f"{where}.{key} is missing.")
         value = data[key]
@@ -50,7 +55,7 @@ def reader(data: Any, where: str, kind: str | None = None) -> Callable[..., Any]
         if type_ is float:
             ok = is_number(value)
         elif type_ is int:
-            ok = ok and value >= 0
+            ok = ok and 0 <= value <= MAX_INT
         if not ok:
             raise PlanError(f"{where}.{key} is {value!r:.80}; expected {type_.__name__}.")
         return float(value) if type_ is float else value
@@ -59,9 +64,15 @@ def reader(data: Any, where: str, kind: str | None = None) -> Callable[..., Any]
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value in a JSON file. Raises PlanError, with the path, when it cannot be read or is not JSON."""
+    """The value in a JSON file. Raises PlanError, with the path, when it cannot be read, is too long or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise PlanError(f"{os.fspath(path)} has more than {MAX_BYTES >> 20} MB; expected a record of GeLoRA.")
+        return json.loads(content.decode("utf-8"))
+    except PlanError:
+        raise  # which is a ValueError
     except OSError as error:
         raise PlanError(f"{os.fspath(path)} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -82,16 +93,17 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        # Not tempfile, whose files only their owner can read: to give them the usual rights takes the umask, which no
+        # process can read without changing it for its other threads.
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
             os.replace(temporary, target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise WriteError(
@@ -109,9 +121,3 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(value, indent=1, allow_nan=False)
     # JSON writes a line break in a string as an escape, so no string can look like such a list.
     write_text(path, re.sub(r"\[\n[-+.eE\d,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

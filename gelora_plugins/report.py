@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
+import os
 import platform
-import re
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gelora_plugins import records
+from gelora_plugins.text import label, markdown, printable
 
 if TYPE_CHECKING:
-    import os
-
     from rich.table import Table
 
     from gelora_plugins.dimension import DimensionProfile
     from gelora_plugins.ranks import RankPlan
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("gelora", "torch", "transformers", "peft", "trl", "axolotl")
 _COLUMNS = ("block", "dimension in", "dimension out", "rank", "may differ", "parameters")
@@ -52,11 +55,12 @@ class RankReport:
             f"Policy {plan.policy}, estimator {profile.estimator}, pooling {profile.pooling}"
             f"{', coordinates standardised' if profile.standardise else ''}. Measured on "
             f"{profile.num_documents:,} documents, {profile.num_tokens:,} tokens, in {profile.seconds:.1f} s.",
+            *_fullness(plan),
             *_sureness(plan),
         ]
         if self.trainable_before is not None and self.trainable_after is not None:
             lines.append(f"Trainable parameters: {self.trainable_before:,} before, {self.trainable_after:,} after.")
-        return lines + list(profile.notes())
+        return [printable(line) for line in (*lines, *profile.notes())]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values: the plan, the totals, and the versions of the packages that made it."""
@@ -73,9 +77,9 @@ class RankReport:
     def to_markdown(self) -> str:
         """The table and the lines below it."""
         rows = [_COLUMNS, tuple("---" for _ in _COLUMNS)]
-        rows += [(_escaped(name), *numbers) for name, *numbers in _rows(self.plan)]
+        rows += [(markdown(name), *numbers) for name, *numbers in _rows(self.plan)]
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return f"# LoRA ranks by GeLoRA\n\n{table}\n\n" + "".join(f"{_escaped(line)}\n\n" for line in self.lines())
+        return f"# LoRA ranks by GeLoRA\n\n{table}\n\n" + "".join(f"{markdown(line)}\n\n" for line in self.lines())
 
     def write(self, output_dir: str | os.PathLike[str]) -> list[Path]:
         """Write plan.json, report.json, report.md and, where matplotlib is installed, ranks.png; return the paths."""
@@ -90,6 +94,44 @@ class RankReport:
         return paths
 
 
+def show(report: RankReport) -> None:
+    """Print a report. What the encoding of standard output lacks, such as the lines of the table, is replaced."""
+    text = str(report)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.replace("─", "-").encode(encoding, "replace").decode(encoding)
+    print(text, flush=True)
+
+
+def write_reports(report: RankReport, output_dir: str | os.PathLike[str]) -> None:
+    """Write the files, then tell every plugin that has `write_report`. A plugin that fails is a warning.
+
+    Raises:
+        WriteError: the files cannot be written.
+    """
+    from gelora_plugins.plugins import BUILT_INS, plugin_manager
+
+    manager = plugin_manager()
+    plugins = {impl.plugin_name: impl.plugin for impl in manager.hook.write_report.get_hookimpls()}
+    for name in sorted(plugins, key=lambda name: name != BUILT_INS):
+        others = [plugin for plugin in manager.get_plugins() if plugin is not plugins[name]]
+        try:
+            manager.subset_hook_caller("write_report", others)(report=report, output_dir=os.fspath(output_dir))
+        except Exception as error:
+            if name == BUILT_INS:
+                raise
+            logger.warning(
+                "write_report of the gelora plugin %r failed: %s: %s. The ranks and the files in %s are as they are to "
+                "be.",
+                name,
+                type(error).__name__,
+                error,
+                os.fspath(output_dir),
+            )
+
+
 def versions() -> dict[str, str]:
     """Python, and the packages of this project that are installed."""
     found = {"python": platform.python_version()}
@@ -101,9 +143,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _escaped(text: str) -> str:
-    """`text` for Markdown: names of modules and plugins are anybody's, and may look like a table, HTML or a link."""
-    return re.sub(r"([\\`*<>\[\]|&])", r"\\\1", " ".join(text.split()))
+def _fullness(plan: RankPlan) -> list[str]:
+    """Which ranks were held to what the matrices can hold, and what that leaves of a budget."""
+    full = plan.full_sites()
+    if not full:
+        return []
+    line = f"{len(full)} of {len(plan.sites)} blocks have the largest rank that every matrix in them can hold."
+    left = plan.num_base_parameters - plan.num_parameters
+    if plan.policy == "budget" and left >= max(site.parameters_per_rank for site in plan.sites):
+        line += f" {left:,} parameters of the budget could not be spent."
+    return [line]
 
 
 def _sureness(plan: RankPlan) -> list[str]:
@@ -146,17 +195,17 @@ def _rows(plan: RankPlan) -> list[tuple[str, ...]]:
 def plan_table(plan: RankPlan) -> Table:
     """The plan as a rich table: block, dimension in and out with interval, rank and how sure it is, LoRA parameters."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         title="LoRA ranks by GeLoRA\n", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False
     )
     for column in _COLUMNS:
-        head = column.replace(" ", "\n")  # narrow, so that names of 15 letters are whole on 80 columns
-        table.add_column(head, justify="left" if column == "block" else "right", no_wrap=column != "block")
+        head = column.replace(" ", "\n")  # narrow: with names of 15 letters a line has less than 80 columns
+        table.add_column(head, justify="left" if column == "block" else "right", no_wrap=True)
     for row in _rows(plan):
-        table.add_row(*map(escape, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     table.add_section()
     mean = sum(plan.ranks) / len(plan.ranks)
     table.add_row("all (mean rank)", "", "", f"{mean:.2f}", "", f"{plan.num_parameters:,}")
@@ -164,11 +213,11 @@ def plan_table(plan: RankPlan) -> Table:
 
 
 def render(table: Table) -> str:
-    """A rich table as plain text."""
+    """A rich table as plain text, as wide as its cells are: rich cuts names to fit a narrow terminal."""
     from rich.console import Console
 
     text = io.StringIO()
-    Console(file=text, width=120, color_system=None).print(table)
+    Console(file=text, width=10**6, color_system=None).print(table)
     return text.getvalue()
 
 
@@ -187,11 +236,11 @@ def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     profile = plan.profile
     _draw_dimensions(profile, above)
     _draw_ranks(plan, below)
-    above.set_title(
+    title = (
         f"{profile.layout.model_type}: {profile.num_documents} documents, {profile.pooling} pooling, "
-        f"{profile.estimator}; ranks by {plan.policy}",
-        parse_math=False,
+        f"{profile.estimator}; ranks by {plan.policy}"
     )
+    above.set_title(label(title))
     below.set_xlabel("block (each boundary lies between two blocks)")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)

@@ -19,12 +19,14 @@ from gelora_plugins.config import ROUNDINGS, GeLoRAConfig
 from gelora_plugins.dimension import DimensionProfile
 from gelora_plugins.errors import GeLoRAError, ProbeError
 from gelora_plugins.features import Pooling, leaving_no_trace, read_documents
+from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import unwrap
-from gelora_plugins.pipeline import find_layout
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions
 from gelora_plugins.probe_set import Collator, choose_documents
 from gelora_plugins.ranks import Site, layout_sites
 from gelora_plugins.storage import FeatureStore
+from gelora_plugins.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,19 +120,20 @@ class Sensitivity:
     def table(self) -> Table:
         """One line per setting: for each policy the ranks' mean and range, and the difference from the first line."""
         from rich import box
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
         title = "How the plan depends on the setting\n"
         table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
-        table.add_column("setting")
+        table.add_column("setting", no_wrap=True)
         table.add_column("growth\ncorr.", justify="right", no_wrap=True)
         for column in ("gelora\nmean", "\nrange", "\ndiffer", "\nby", "budget\nrange", "\ndiffer", "\nby"):
             table.add_column(column, justify="right", no_wrap=True)
         for outcome in self.outcomes:
             correlation = "-" if outcome.correlation is None else f"{outcome.correlation:.2f}"
             cells = [cell for policy in outcome.ranks for cell in _cells(self.summary(outcome, policy))]
-            table.add_row(escape(outcome.setting.name), correlation, *cells[:4], *cells[5:])  # the mean is the budget
+            name = Text(printable(outcome.setting.name))
+            table.add_row(name, correlation, *cells[:4], *cells[5:])  # the mean is the budget
         return table
 
     def lines(self) -> list[str]:
@@ -171,8 +174,9 @@ def measure_sensitivity(
         plugins.find(kind, getattr(config, kind))
     layout = find_layout(model)
     sites = tuple(sites or layout_sites(layout, lambda path: True))
+    root = unwrap(model)
     with leaving_no_trace(model):
-        probe_set = choose_documents(dataset, config, unwrap(model).config, collator)
+        probe_set = choose_documents(dataset, config, root.config, collator, accepted_inputs(root, layout))
     num_documents = len(probe_set.documents)
     poolings = _Poolings(plugins.available("pooling"))
     chosen, *others = settings(config)

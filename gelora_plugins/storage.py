@@ -51,10 +51,11 @@ class _Memory:
 
 
 class _Half:
-    """float16 of each point's difference from the mean of the first batch, divided by its largest coordinate.
+    """float16 of each point's difference from the median of the first batch, divided by its largest coordinate.
 
-    The difference, because a large constant coordinate would leave no digits to what varies; the division, because
-    float16 ends at 65504. What remains is an error of 2^-12 of each coordinate of the difference.
+    The difference, because a large constant coordinate would leave no digits to what varies; the median, because one
+    point far away would move a mean as far from all others; the division, because float16 ends at 65504. What remains
+    is an error of 2^-12 of each coordinate of the difference.
     """
 
     def __init__(self, num_documents: int, num_features: int) -> None:
@@ -64,7 +65,7 @@ class _Half:
 
     def write(self, start: int, points: Tensor) -> None:
         if start == 0:
-            self.shift[:] = points.mean(dim=0)
+            self.shift[:] = points.median(dim=0).values
         differences = points - self.shift
         scales = differences.abs().amax(dim=1, keepdim=True)
         stop = start + len(points)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -43,9 +41,9 @@ class GeLoRAArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_gelora(cls, data: Any) -> Any:
-        """Refuse a bad `gelora` section, and an adapter that has no LoRA ranks, before a model is loaded."""
+        """Refuse what can give no ranks before a model is loaded: a bad section, no LoRA adapter, no documents."""
         if isinstance(data, Mapping):
-            read_section(data)
+            check_documents(data, read_section(data))
             if data.get("adapter") not in ADAPTERS:
                 raise ConfigError(
                     f"adapter is {data.get('adapter')!r}, and `plugins` lists gelora, which chooses LoRA ranks; "
@@ -60,6 +58,8 @@ class GeLoRAPlugin(BasePlugin):
     Attributes:
         selection: the ranks of the trainer that was made, to be chosen when it trains.
         plan: the plan whose ranks the adapter was made with, where the configuration gives one.
+
+    Axolotl 0.21 keeps the object from one configuration to the next (a sweep, a notebook): both are of the last one.
     """
 
     def __init__(self) -> None:
@@ -74,6 +74,7 @@ class GeLoRAPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Called before validation, with the raw configuration: decides whether the section is read at all."""
+        self.selection = self.plan = None
         self._schema = f"{__name__}.{GeLoRAArgs.__name__}" if self._serves(cfg) else None
         if cfg.get(SECTION) is not None and not is_named(cfg):
             logger.warning(
@@ -90,12 +91,13 @@ class GeLoRAPlugin(BasePlugin):
 
         That is also the way for sharded models (FSDP, DeepSpeed ZeRO-3) and for initialisations such as PiSSA.
         """
+        self.plan = None  # of a configuration before, which may not have been registered
         if not self._serves(cfg) or cfg.get("lora_model_dir"):
             return {}
         config = read_section(cfg)
         if config.plan is None:
             return {}
-        from gelora_plugins.lora_config import with_plan
+        from gelora_plugins.plan_check import with_plan
         from gelora_plugins.ranks import RankPlan
 
         try:
@@ -126,20 +128,17 @@ class GeLoRAPlugin(BasePlugin):
                 "are. Remove lora_model_dir to start a new adapter with chosen ranks."
             )
             return
-        from gelora_plugins.integrations.transformers import is_zero3, prepare_trainer
+        from gelora_plugins.integrations.trainer_check import is_sharded
+        from gelora_plugins.integrations.transformers import prepare_trainer
 
-        if self.plan is not None:
-            if not is_zero3(trainer):  # which keeps empty parameters
-                check_built(trainer.model, self.plan, cfg)
-            report_plan(trainer, self.plan)
-            return
         config = read_section(cfg)
-        if (trainer.is_fsdp_enabled or is_zero3(trainer)) and config.on_failure == "raise":
+        if config.plan is None and is_sharded(trainer) and config.on_failure == "raise":
             raise ApplyError(
                 "The model will be sharded (FSDP or DeepSpeed ZeRO-3), and its adapter cannot be resized then. Make "
                 "the plan before, in one process: axolotl gelora CONFIG.yml -o plan.json; then set "
                 f"`{SECTION}: {{plan: plan.json}}`. To resume, use gelora/plan.json of the output directory."
             )
+        # With a plan, whose ranks PEFT has made: compares them with the adapter, and changes nothing.
         self.selection = prepare_trainer(trainer, config)
 
     def _serves(self, cfg: Any) -> bool:
@@ -176,6 +175,19 @@ def read_section(cfg: Mapping[str, Any]) -> GeLoRAConfig:
     return config
 
 
+def check_documents(cfg: Mapping[str, Any], config: GeLoRAConfig) -> None:
+    """Raises ConfigError where there will be no documents to measure on, and no plan says the ranks."""
+    rl = getattr(cfg.get("rl"), "value", cfg.get("rl"))
+    # Axolotl 0.19 and 0.21: these trainers are GRPO's, except for EBFT's in its mode "strided", which reads text.
+    writes = rl in ("gdpo", "grpo") or (rl == "ebft" and (cfg.get("ebft") or {}).get("mode") != "strided")
+    if writes and config.plan is None and config.on_failure == "raise":
+        raise ConfigError(
+            f"rl is {rl}: it writes what it trains on while it trains, so there is nothing to measure before. Make a "
+            "plan from documents that are like it (gelora probe MODEL DATA -o profile.json, then gelora plan "
+            f"profile.json -o plan.json, with your lora_r and lora_alpha), and set `{SECTION}: {{plan: plan.json}}`."
+        )
+
+
 def lora_config(cfg: Mapping[str, Any]) -> LoraConfig:
     """What an Axolotl configuration says of ranks and scaling, without the patterns of a plan."""
     from peft import LoraConfig
@@ -187,22 +199,3 @@ def lora_config(cfg: Mapping[str, Any]) -> LoraConfig:
         rank_pattern=dict(cfg.get("lora_rank_pattern") or {}),
         alpha_pattern=dict(cfg.get("lora_alpha_pattern") or {}),
     )
-
-
-def check_built(model: Any, plan: RankPlan, cfg: Mapping[str, Any]) -> None:
-    """Raises PlanError when `plan`, whose patterns the adapter was made with, is for another model."""
-    from gelora_plugins.adapter import require_adapter
-
-    adapter = require_adapter(model)
-    plan.check_sites(replace(adapter, config=lora_config(cfg)).sites(plan.profile.layout))
-
-
-def report_plan(trainer: Trainer, plan: RankPlan) -> None:
-    """Show and save a plan that the adapter was made with."""
-    from gelora_plugins.plugins import plugin_manager
-    from gelora_plugins.report import RankReport
-
-    if trainer.is_world_process_zero():
-        report = RankReport(plan)
-        print(report, flush=True)
-        plugin_manager().hook.write_report(report=report, output_dir=str(Path(trainer.args.output_dir, "gelora")))

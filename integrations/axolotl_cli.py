@@ -6,12 +6,13 @@ Apart from the plugin, because `axolotl --help` imports the module of every subc
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gelora_plugins.errors import ApplyError, GeLoRAError
+from gelora_plugins.errors import ApplyError, ConfigError
+from gelora_plugins.mistakes import sentence
+from gelora_plugins.text import printable
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -23,6 +24,12 @@ PLUGIN = "gelora_plugins.GeLoRAPlugin"
 UNSHARDED = {"deepspeed": None, "fsdp": None, "fsdp_config": None}
 
 
+class Refusal(click.ClickException):
+    """One sentence on stderr, and the exit code of `gelora` for a user's error."""
+
+    exit_code = 2
+
+
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan, for `gelora: {plan: FILE}`.")
@@ -32,13 +39,16 @@ def gelora(config: str, output: str | None) -> None:
     Loads the model and the data of CONFIG, measures, and prints the plan, also as YAML for a config without the
     plugin. CONFIG may list gelora in `plugins` or not. Nothing is written to its output directory.
     """
-    from gelora_plugins.report import RankReport
+    from gelora_plugins.report import RankReport, show
 
     try:
         plan, written = choose(config)
-    except GeLoRAError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(RankReport(plan))
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        raise Refusal(printable(said)) from error
+    show(RankReport(plan))
     if output is not None:
         plan.save(output)
         click.echo(f"To train with these ranks and measure nothing:\n\ngelora:\n  plan: {output}\n")
@@ -58,7 +68,10 @@ def choose(config: str) -> tuple[RankPlan, LoraConfig]:
     from axolotl.train import setup_model_and_trainer
     from gelora_plugins.integrations.axolotl import GeLoRAPlugin, is_named, lora_config
 
-    written = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    with open(config, encoding="utf-8") as file:
+        written = yaml.safe_load(file) or {}
+    if not isinstance(written, dict):
+        raise ConfigError(f"{config} holds a {type(written).__name__}; expected a configuration of Axolotl.")
     plugins = list(written.get("plugins") or [])
     if not is_named(written):
         plugins.append(PLUGIN)
@@ -85,7 +98,7 @@ def patterns_yaml(plan: RankPlan, config: LoraConfig) -> str:
     """
     import yaml
 
-    from gelora_plugins.lora_config import with_plan
+    from gelora_plugins.plan_check import with_plan
 
     planned = with_plan(config, plan)
     if not all(isinstance(alpha, int) for alpha in planned.alpha_pattern.values()):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from peft import LoraConfig, PeftConfig
 
@@ -78,21 +78,35 @@ class Checkpoint:
 
     def _differences(self, options: GeLoRAConfig) -> Iterator[str]:
         if options.plan is not None:
-            yield f"plan {options.plan} was not read"
+            if not self._is_plan(options.plan):
+                yield f"plan {options.plan} was not used"
         elif self.plan is None:
             yield f"policy {options.policy} was not used"
         else:
-            profile = self.plan.profile
-            then = {
-                "policy": self.plan.policy,
-                "rounding": self.plan.rounding,
-                "estimator": profile.estimator,
-                "pooling": profile.pooling,
-                "probe_seed": profile.seed,
-            }
-            for name, value in then.items():
-                if getattr(options, name) != value:
+            for name, value in _options(self.plan).items():
+                if getattr(options, name, value) != value:
                     yield f"{name} is {getattr(options, name)}, the checkpoint's {value}"
+
+    def _is_plan(self, path: str) -> bool:
+        try:
+            return self.plan is not None and RankPlan.load(path).ranks == self.plan.ranks
+        except PlanError:
+            return False
+
+
+def _options(plan: RankPlan) -> dict[str, Any]:
+    """The options that the ranks of a plan follow; those of the measurement were not all recorded from the start."""
+    profile = plan.profile
+    return {
+        **(profile.options or {}),
+        "policy": plan.policy,
+        "rounding": plan.rounding,
+        "estimator": profile.estimator,
+        "pooling": profile.pooling,
+        "probe_seed": profile.seed,
+        "standardise": profile.standardise,
+        "target_std_error": profile.target_std_error,
+    }
 
 
 def _plan(path: Path, config: LoraConfig) -> RankPlan | None:

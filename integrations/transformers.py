@@ -8,15 +8,18 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from gelora_plugins.adapter import (
+    IN_PLACE_INITS,
     AppliedPlan,
     add_adapter,
     apply_config,
@@ -26,16 +29,19 @@ from gelora_plugins.adapter import (
     require_adapter,
 )
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError
-from gelora_plugins.lora_config import check_initialisation
-from gelora_plugins.pipeline import find_layout, select_ranks
-from gelora_plugins.plugins import plugin_manager
+from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError, blaming
+from gelora_plugins.lora_config import check_initialisation, without_plan
+from gelora_plugins.pipeline import select_ranks
+from gelora_plugins.plan_check import check_plan, with_plan
+from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import make_plan
 from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.provenance import other_model
 from gelora_plugins.ranks import RankPlan
-from gelora_plugins.report import RankReport
 
 from .checkpoint import PLAN, Checkpoint
+from .telling import is_at, tell
+from .trainer_check import TrainingCheck, check_unstarted, is_sharded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,11 +71,11 @@ class GeLoRACallback(TrainerCallback):
         config = config or GeLoRAConfig()
         self.config = config if plan is None else replace(config, plan=os.fspath(plan))
         self.lora_config = lora_config
-        self._attached: list[RankSelection] = []
+        self._attached: weakref.WeakSet[RankSelection] = weakref.WeakSet()  # a trainer keeps its own alive
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The last moment at which the ranks can still be chosen: find the trainer that is being made."""
-        self._attached.append(prepare_trainer(_trainer_being_made(self), self.config, lora_config=self.lora_config))
+        self._attached.add(prepare_trainer(_trainer_being_made(self), self.config, lora_config=self.lora_config))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,7 +91,8 @@ def prepare_trainer(
     """Let `trainer` choose its LoRA ranks at the start of `train()`.
 
     That is before the checkpoint is loaded, the optimizer made and the model wrapped, knows whether training
-    resumes, and costs a run that only evaluates nothing. On resume the checkpoint's ranks are restored instead.
+    resumes, and costs a run that only evaluates nothing. On resume the checkpoint's ranks are restored instead. At the
+    first step the adapter is compared with the plan, and must be in the optimizer: see `TrainingCheck`.
     """
     return RankSelection(trainer, config or GeLoRAConfig(), lora_config)
 
@@ -102,6 +109,7 @@ class RankSelection:
         self.plan: RankPlan | None = None
         self.checkpoint: Checkpoint | None = None  # that training resumes from
         self._settled: weakref.ref[nn.Module] | None = None  # a search frees each trial's model
+        self._adapter: str | None = None  # of that model
         self._decided = False  # chosen, or the user's own kept
         self._told: object = None  # the plan or checkpoint that was last shown
         self._train, self._call_model_init = trainer.train, trainer.call_model_init
@@ -109,17 +117,22 @@ class RankSelection:
         trainer.train = self.train
         trainer.call_model_init = self.call_model_init
         trainer.save_model = self.save_model
+        trainer.add_callback(TrainingCheck(self))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with the ranks settled first."""
         path = self._checkpoint_path(resume_from_checkpoint)
-        if path is not None:
+        built = self._is_built(self.trainer.model)
+        if built:
+            self._compare_model()
+        if path is not None and not (built and is_sharded(self.trainer)):  # whose checkpoint may say nothing of ranks
             self._restore(path)
         elif not self.is_settled() and not (self._decided and self.trainer.model_init is not None):
             # A search takes the model away between two trials (transformers 5.23), and call_model_init makes the next.
             try:
-                self._check_trainer()
-                self.plan = self.plan or self._select()
+                if not built:
+                    self._check_trainer()
+                    self.plan = self.plan or self._select()
                 self._settle_current()
             except GeLoRAError as error:
                 if self.is_settled():
@@ -141,21 +154,60 @@ class RankSelection:
         """`Trainer.save_model`, which checkpoints go through too, with the plan beside the adapter."""
         self._save_model(output_dir, *args, **kwargs)
         path = Path(output_dir or self.trainer.args.output_dir, PLAN)
-        if self.plan is not None and self.trainer.args.should_save and not self._is_at(path):
+        if self.plan is not None and self.trainer.args.should_save and not is_at(path, self.plan):
             try:
                 self.plan.save(path)
             except WriteError as error:
                 logger.warning("The plan was not saved beside the adapter, which was: %s", error)
 
     def is_settled(self) -> bool:
-        """Whether the model that the trainer has now is one whose ranks were settled."""
-        return self._settled is not None and self._settled() is self.trainer.model is not None
+        """Whether the model that the trainer has now, with the adapter it has now, is one whose ranks were settled."""
+        if self._settled is None or self.trainer.model is None:
+            return False
+        model: nn.Module = extract_model_from_parallel(self.trainer.model)  # FSDP puts its wrapper there (transformers 5.23)
+        return self._settled() is model and self._adapter == _adapter_name(model)
+
+    def _is_built(self, model: nn.Module) -> bool:
+        """Whether the adapter of `model` was made with the saved plan. Then nothing is to be done, sharded or not.
+
+        Raises:
+            GeLoRAError: it was made with that plan's patterns, and is another.
+        """
+        if self.config.plan is None:
+            return False
+        try:
+            plan = self._processes().decide(partial(RankPlan.load, self.config.plan))
+            adapter = require_adapter(model)
+        except GeLoRAError:
+            return False  # said where the plan and the adapter are asked for, and kept where that is wanted
+        try:
+            check_plan(model, plan)
+        except GeLoRAError:
+            own = without_plan(adapter.config, plan, adapter.layers)
+            if own.rank_pattern != adapter.config.rank_pattern or is_sharded(self.trainer):
+                raise
+            return False
+        self.plan = plan
+        return True
+
+    def _compare_model(self) -> None:
+        """Warn when the plan was made on another model; not where making the adapter has changed the weights."""
+        model, adapter = self.trainer.model, find_adapter(self.trainer.model)
+        if self.plan is None or model is None or (adapter and adapter.config.init_lora_weights not in IN_PLACE_INITS):
+            return
+        other = other_model(self.plan.profile, model)
+        if other is not None and self.trainer.is_world_process_zero():
+            logger.warning("%s", other)
+
+    def _processes(self) -> Processes:
+        return Processes.all() if self.trainer.args.world_size > 1 else ALONE
 
     def _restore(self, path: str) -> None:
         """Take the ranks of a checkpoint instead of choosing any."""
         adapter = find_adapter(self.trainer.model)
         self.checkpoint = Checkpoint.read(path, adapter.name if adapter else "default")
         self.plan = self.checkpoint.plan
+        self._compare_model()
         if not has_ranks_of(self.trainer.model, self.checkpoint.config):
             self._check_early()
         if adapter is not None and not isinstance(self.trainer.model, PeftModel):
@@ -184,7 +236,7 @@ class RankSelection:
         model, applied = self._apply(model)
         if self.trainer.model_init is None and model is not self.trainer.model:
             self.trainer.model = self.trainer.model_wrapped = model
-        self._settled = weakref.ref(model)
+        self._settled, self._adapter = weakref.ref(model), _adapter_name(model)
         self._tell(applied, before, _num_trainable(model))
         return model
 
@@ -195,11 +247,13 @@ class RankSelection:
                 return add_adapter(model, self.checkpoint.config, None)
             return model, apply_config(model, self.checkpoint.config)
         if bare and self.lora_config is not None:
+            if self.plan is not None:
+                with_plan(self.lora_config, self.plan, model)  # a trial's model may have other blocks
             return add_adapter(model, self.lora_config, self.plan)
-        if self.plan is not None:
-            self.plan = self._plan_for(model, self.plan)
-            return model, apply_plan(model, self.plan)
-        return model, AppliedPlan({}, ())
+        if self.plan is None or self._is_built(model):
+            return model, AppliedPlan({}, ())
+        self.plan = self._plan_for(model, self.plan)
+        return model, apply_plan(model, self.plan)
 
     def _check_trainer(self) -> None:
         """Raises unless the trainer has an adapter, or is to get one, whose ranks can still be changed."""
@@ -215,25 +269,30 @@ class RankSelection:
     def _check_early(self) -> None:
         """Raises unless the model can still be changed without the trainer noticing."""
         if self.trainer.optimizer is not None and self.trainer.model_init is None:
-            raise TooLateError(
-                "The Trainer was given an optimizer, which holds the adapter's parameters as they are now. Pass "
-                "optimizer_cls_and_kwargs=... instead of optimizers=..., or choose the ranks before the optimizer is "
-                "made: plan = select_ranks(model, rows); apply_plan(model, plan)."
-            )
-        if self.trainer.is_fsdp_enabled or is_zero3(self.trainer) or is_loaded_sharded(self.trainer):
+            adapter = find_adapter(self.trainer.model)
+            if adapter is None:
+                raise TooLateError(
+                    "The Trainer was given an optimizer, which cannot hold the parameters of an adapter that is yet to "
+                    "be made. Make the adapter first, with get_peft_model(model, config), or pass "
+                    "optimizer_cls_and_kwargs=... instead of optimizers=..."
+                )
+            check_unstarted(self.trainer.optimizer, adapter)
+        if is_sharded(self.trainer):
             raise ApplyError(
                 "The model is sharded, or will be (FSDP or DeepSpeed ZeRO-3); its adapter cannot be resized here. Make "
                 "the plan before, in one process: gelora probe MODEL DATA -o profile.json, then gelora plan "
                 "profile.json -o plan.json; then LoraConfig(**RankPlan.load('plan.json').lora_config_kwargs(), ...) "
-                "without GeLoRACallback. To resume, use the gelora/plan.json of the checkpoint."
+                "and GeLoRACallback(plan='plan.json'), which checks the adapter. To resume, use the gelora/plan.json "
+                "of the checkpoint."
             )
 
     def _select(self) -> RankPlan:
         trainer = self.trainer
-        processes = Processes.all() if trainer.args.world_size > 1 else ALONE
+        processes = self._processes()
         with processes.together():
-            collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
-            documents = _documents(trainer, collator) if self.config.plan is None else None
+            collator = _collator(trainer)
+            with blaming("Reading the training data", "Mend what reads the rows, or pass rows that can be read."):
+                documents = _documents(trainer, collator) if self.config.plan is None else None
         return select_ranks(
             trainer.model,
             documents,
@@ -242,20 +301,21 @@ class RankSelection:
             collator=collator,
             progress=not trainer.args.disable_tqdm and trainer.is_world_process_zero(),
             processes=processes,
+            autocast=trainer.accelerator.autocast,
         )
 
     def _plan_for(self, model: nn.Module, plan: RankPlan) -> RankPlan:
-        """`plan`, or one from the same measurement for a trial whose `model_init` made another adapter.
+        """`plan`, or one from the same measurement for another adapter: of a trial, or activated since.
 
         Raises:
-            PlanError: the trial's model has other blocks than the model that was measured.
+            PlanError: the model has other blocks than the model that was measured.
         """
-        if self.trainer.model_init is None or self.config.plan is not None:
+        if self.config.plan is not None:
             return plan
         if find_layout(model) != plan.profile.layout:
             raise PlanError(
-                "model_init made a model with other blocks than the first one, which was measured. Search over one "
-                "base model at a time."
+                "The model has other blocks than the first one, which was measured. Search over one base model at a "
+                "time, and make a Trainer for each model."
             )
         adapter = require_adapter(model)
         sites, lora = adapter.sites(plan.profile.layout), adapter.config
@@ -267,42 +327,10 @@ class RankSelection:
         )
 
     def _tell(self, applied: AppliedPlan, before: int, after: int) -> None:
-        """Show and save what was done, once for each plan."""
         told = self.checkpoint or self.plan
-        if told is None or told is self._told or not self.trainer.is_world_process_zero():
-            return
-        self._told = told
-        if self.plan is not None:
-            report = RankReport(self.plan, before, after)
-            print(report, flush=True)
-            if self.checkpoint is None or not self._is_at(Path(self.trainer.args.output_dir, PLAN)):
-                self._write(report)
-        if self.checkpoint is not None:
-            for line in self.checkpoint.lines(applied.ranks, self.config):
-                logger.warning("%s", line)
-            return
-        for line in applied.notes():
-            logger.warning("%s", line)
-
-    def _is_at(self, path: Path) -> bool:
-        """Whether the plan is saved there already, as where a run goes on."""
-        try:
-            return RankPlan.load(path) == self.plan
-        except PlanError:
-            return False
-
-    def _write(self, report: RankReport) -> None:
-        """Save the report. The ranks are set by now, so a failure here says nothing of them."""
-        directory = Path(self.trainer.args.output_dir, PLAN.parent)
-        try:
-            plugin_manager().hook.write_report(report=report, output_dir=str(directory))
-        except Exception as error:  # a plugin's too
-            message = f"The ranks are set, but the report was not written: {error}"
-            if self.config.on_failure != "keep":
-                raise WriteError(
-                    f"{message} Make room in {directory}, or remove the plugin, and train again."
-                ) from error
-            logger.warning("%s", message)
+        if told is not None and told != self._told and self.trainer.is_world_process_zero():
+            self._told = told
+            tell(self.trainer, self.config, self.plan, self.checkpoint, applied, (before, after))
 
     def _checkpoint_path(self, resume_from_checkpoint: Any) -> str | None:
         if isinstance(resume_from_checkpoint, bool):
@@ -311,9 +339,23 @@ class RankSelection:
         return resume_from_checkpoint
 
 
+def _is_of_trl(trainer: Trainer) -> bool:
+    return any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
+
+
+def _collator(trainer: Trainer) -> Any:
+    """What makes a batch of the training rows; a pair with images, which TRL's DPO trainer takes, counts once."""
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    if _is_of_trl(trainer):
+        from .trl import first_of_each_pair
+
+        return first_of_each_pair(collator)
+    return collator
+
+
 def _documents(trainer: Trainer, collator: Any) -> Any:
     """The training rows; those of TRL's preference trainers have no `input_ids` yet."""
-    if any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
+    if _is_of_trl(trainer):
         from .trl import documents
 
         return documents(trainer, collator)
@@ -336,15 +378,9 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def is_zero3(trainer: Trainer) -> bool:
-    """Whether DeepSpeed ZeRO-3 partitions the parameters, which are empty then."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and plugin.zero_stage == 3
-
-
-def is_loaded_sharded(trainer: Trainer) -> bool:
-    """Whether `from_pretrained(distributed_config=...)` sharded the model (transformers 5.20 to 5.23)."""
-    return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))
+def _adapter_name(model: nn.Module) -> str | None:
+    adapter = find_adapter(model)
+    return None if adapter is None else adapter.name
 
 
 def _num_trainable(model: nn.Module) -> int:

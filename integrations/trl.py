@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import trl
 from trl import SFTTrainer, TrlParser
 from trl.scripts import sft
@@ -14,6 +16,7 @@ from trl.scripts.utils import DatasetConfig
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, GeLoRAError, ProbeError
+from gelora_plugins.mistakes import reason
 
 from .transformers import GeLoRACallback, prepare_trainer
 
@@ -51,7 +54,8 @@ def documents(trainer: Trainer, collator: Callable[[list[Any]], Any]) -> Any:
 
     SFT's rows are that already. A preference row stands for the first sequence that its trainer's collator makes of
     it, which is what the policy is to prefer: prompt and chosen answer (DPO, Reward), prompt and answer (KTO), cut as
-    the trainer cuts it. Rows with images are left to the collator.
+    the trainer cuts it. Rows with images are left to the collator, with
+    `first_of_each_pair`.
 
     Raises:
         ProbeError: the trainer has prompts only and writes its documents while it trains (GRPO, RLOO).
@@ -83,6 +87,21 @@ def documents(trainer: Trainer, collator: Callable[[list[Any]], Any]) -> Any:
     return _View(dataset, document) if hasattr(dataset, "__len__") else map(document, dataset)
 
 
+def first_of_each_pair(collator: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """`collator`, but of a batch of pairs only the sequences to prefer, with their images: TRL puts them before all the
+    others, in every tensor (trl 1.16)."""
+
+    @wraps(collator)
+    def collate(rows: list[Any]) -> Any:
+        batch = collator([dict(row) for row in rows])  # TRL's collator for images changes its rows
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if ids is None or len(ids) != 2 * len(rows):
+            return batch
+        return {name: value[: len(value) // 2] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    return collate
+
+
 class _View:
     """A map-style dataset through a function of its rows, called for the rows that are asked for."""
 
@@ -107,7 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         GeLoRAError: an option cannot be used, or no ranks can be chosen.
     """
     parser = TrlParser([*sft.make_parser().dataclass_types, GeLoRAConfig], prog="gelora sft")
-    script_args, training_args, model_args, dataset_args, config = parser.parse_args_and_config(argv)
+    try:
+        script_args, training_args, model_args, dataset_args, config = parser.parse_args_and_config(argv)
+    except GeLoRAError:
+        raise
+    except Exception as error:  # of the file, of YAML, of TRL's own checks
+        raise ConfigError(f"The arguments, or the file of --config, cannot be used: {reason(error)}") from error
     if not model_args.use_peft:
         raise ConfigError("GeLoRA chooses the ranks of a LoRA adapter, and there will be none. Add --use_peft.")
     name = script_args.dataset_name

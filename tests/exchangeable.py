@@ -1,6 +1,8 @@
-"""A model whose blocks can be exchanged: equal at first, and each adds its share to the same sum.
+"""Models whose blocks are planted: what each adapter of a block can do to the answer is known without training.
 
-An allocation and its permutations then differ in the random draws of the adapters alone.
+`ExchangeableModel`: blocks are equal at first, and each adds its share to the same sum, so that an allocation and its
+permutations differ in the random draws of the adapters alone. `OneSeesModel`: linear, and only its last block sees the
+input, so that the ranks of the others are spent on nothing.
 """
 
 from typing import Any
@@ -46,8 +48,43 @@ class ExchangeableModel(PreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-AutoConfig.register("exchangeable", ExchangeableConfig)
-AutoModelForSequenceClassification.register(ExchangeableConfig, ExchangeableModel)
+class OneSeesConfig(PreTrainedConfig):
+    model_type = "one_sees"
+    hidden_size: int = 16
+    num_hidden_layers: int = 3
+
+
+class OneSeesModel(PreTrainedModel):
+    """The answer is the last block's linear map of the shares of the tokens; it is 0 at first. There is no head."""
+
+    config_class = OneSeesConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        size = config.hidden_size
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(size, size, bias=False)) for _ in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
+        """`input_ids` are below `hidden_size`."""
+        hidden = nn.functional.one_hot(input_ids, self.config.hidden_size).float().mean(1)
+        *blind, last = self.blocks
+        logits = last(hidden) + sum(block(0 * hidden) for block in blind)
+        loss = None if labels is None else nn.functional.mse_loss(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+for config, model in ((ExchangeableConfig, ExchangeableModel), (OneSeesConfig, OneSeesModel)):
+    AutoConfig.register(config.model_type, config)
+    AutoModelForSequenceClassification.register(config, model)
 
 
 def build_exchangeable(num_labels: int) -> Any:

@@ -1,6 +1,7 @@
 """Profiles, sites and plans with chosen numbers, for tests of what is done with them."""
 
 import random
+from dataclasses import replace
 
 from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
 from gelora_plugins.layout import Block, Linear, ModelLayout
@@ -67,6 +68,24 @@ def make_plan(
         rounding="dimensions",
         profile=profile,
         rank_changes=tuple(rank_changes),
+    )
+
+
+def plan_for(model, ranks, config):
+    """A plan with these ranks, one per block, for the adapter that `config` makes on `model`; nothing is measured."""
+    from gelora_plugins.lora_config import config_sites
+    from gelora_plugins.plugins import find_layout
+
+    layout = find_layout(model)
+    return RankPlan(
+        sites=config_sites(layout, config),
+        ranks=tuple(ranks),
+        base_rank=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        policy="gelora",
+        rounding="nearest",
+        profile=replace(make_profile([3.0] * layout.num_boundaries), layout=layout),
     )
 
 

@@ -1,4 +1,4 @@
-"""The README's parts that are made from recorded comparisons, for `tests.readme_parts`."""
+"""The parts of docs/ that are made from recorded comparisons, for `tests.readme_parts`."""
 
 import json
 import statistics
@@ -190,9 +190,8 @@ def _difference(contrast: Mapping[str, Any] | None) -> str:
     if difference["interval"] == [0.0, 0.0]:
         return "the same"
     low, high = difference["interval"]
-    word = contrast["verdict"].split()[0]
     shown = f"{difference['mean']:+.2g} ({low:+.2g} to {high:+.2g})"
-    return shown if word == "equal" else f"**{word}** {shown}"
+    return f"**{contrast['verdict']}** {shown}" if contrast["verdict"] in ("better", "worse") else shown
 
 
 def _mean(result: Mapping[str, Any] | None) -> str:

@@ -1,12 +1,15 @@
-"""The parts of the README that are made from code and recorded results: `python -m tests.readme_parts` writes them."""
+"""The parts of README and docs/ made from code and recorded results: `python -m tests.readme_parts` writes them."""
 
 import json
+import re
 import statistics
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from gelora_plugins import GeLoRAConfig
+from tests.families import formats_read, models_read
 from tests.kinds import matrix
 from tests.readme_comparison import (
     choices,
@@ -22,9 +25,11 @@ from tests.readme_comparison import (
     smallest,
     verdicts,
 )
+from tests.readme_start import command_line, first_screen, quickstart, quickstart_report
 
 ROOT = Path(__file__).parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 
 def options() -> str:
@@ -186,46 +191,50 @@ def result(name: str) -> dict[str, Any]:
     return found
 
 
-PARTS = (
-    options,
-    matrix,
-    estimators,
-    growth_errors,
-    neighbours,
-    startup,
-    probe_cost,
-    probe_memory,
-    wide,
-    scale,
-    against_eva,
-    sensitivity,
-    sample_size,
-    drawn,
-    drawn_scores,
-    drawn_verdicts,
-    exact_match,
-    compared,
-    scores,
-    verdicts,
-    smallest,
-    confirmation,
-    readings,
-    one_rate,
-    choices,
-)
+PARTS: dict[str, Callable[[], str]] = {
+    part.__name__: part
+    for part in (
+        first_screen,
+        quickstart,
+        quickstart_report,
+        command_line,
+        options,
+        matrix,
+        models_read,
+        formats_read,
+        estimators,
+        growth_errors,
+        neighbours,
+        startup,
+        probe_cost,
+        probe_memory,
+        wide,
+        scale,
+        against_eva,
+        sensitivity,
+        sample_size,
+        drawn,
+        drawn_scores,
+        drawn_verdicts,
+        exact_match,
+        compared,
+        scores,
+        verdicts,
+        smallest,
+        confirmation,
+        readings,
+        one_rate,
+        choices,
+    )
+}
+PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 
 
-def with_parts(readme: str) -> str:
-    """`readme` with every part between its comments, `<!-- name -->` and `<!-- /name -->`, as it is made now."""
-    for part in PARTS:
-        start, end = f"<!-- {part.__name__} -->", f"<!-- /{part.__name__} -->"
-        before, _, rest = readme.partition(start)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"README.md has no place for {part.__name__}: expected {start} ... {end}.")
-        readme = f"{before}{start}\n{part()}\n{end}{after}"
-    return readme
+def with_parts(page: str) -> str:
+    """`page` with every part between its comments, `<!-- name -->` and `<!-- /name -->`, as it is made now."""
+    return PLACE.sub(lambda place: f"<!-- {place[1]} -->\n{PARTS[place[1]]()}\n<!-- /{place[1]} -->", page)
 
 
 if __name__ == "__main__":
-    README.write_text(with_parts(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(with_parts(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -55,7 +55,10 @@ def rank_of_each(model: nn.Module) -> dict[str, tuple[int, float]]:
 
 
 def check_continued(resumed: Trainer, whole: Trainer) -> None:
-    """The ranks, the loss at every step and the matrices are those of the run that was never interrupted."""
+    """The ranks, the loss at every step and the matrices are those of the run that was never interrupted.
+
+    They are so on any machine: both runs do the same operations on the same numbers in the same order.
+    """
     assert rank_of_each(resumed.model) == rank_of_each(whole.model)
     assert len(losses(resumed)) == len(losses(whole)) == 6
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)

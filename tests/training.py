@@ -18,6 +18,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
 def rows(count: int = 120, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Documents whose ranks are far from every edge, in the tiny models: tests/unit/test_margins.py."""
     rng = random.Random(seed)
     ids = [[rng.randrange(3, VOCABULARY) for _ in range(rng.randint(4, 12))] for _ in range(count)]
     return [{"input_ids": document, "labels": document} for document in ids]
@@ -32,7 +33,7 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
     defaults = {
         "max_steps": 3,
         "per_device_train_batch_size": 1,
-        "learning_rate": 0.05,
+        "learning_rate": 0.05,  # each matrix is seen to move; where to is no matter
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -82,6 +83,8 @@ class Watch(TrainerCallback):
 
 
 def losses(trainer: Trainer) -> list[float]:
+    """The loss of each step. Two trainings on one machine that do the same operations in the same order, and nothing
+    but that is compared, have the same to the last bit."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -55,6 +55,66 @@ def test_errors_name_the_key(load, name, changes, message):
     assert message in str(error.value)
 
 
+GRPO = {  # as little as Axolotl asks for
+    "datasets": [{"path": "prose.jsonl", "ds_type": "json", "type": "rewards.transform"}],
+    "trl": {"num_generations": 2, "max_completion_length": 8, "reward_funcs": ["rewards.length"]},
+    "micro_batch_size": 2,
+}
+
+
+@pytest.mark.parametrize("rl", ["grpo", "gdpo"])
+def test_a_training_that_writes_its_documents_is_refused_before_the_model_is_loaded(load, rl):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (pydantic's ValidationError)
+        load(rl=rl, **GRPO)
+    assert f"rl is {rl}: it writes what it trains on while it trains" in str(error.value)
+    assert "gelora: {plan: plan.json}" in str(error.value)
+
+
+@pytest.mark.parametrize("section", [{"plan": "plan.json"}, {"on_failure": "keep"}])
+def test_a_plan_or_the_users_own_ranks_serve_a_training_that_writes_its_documents(load, section):
+    assert load(rl="grpo", gelora=section, **GRPO).rl == "grpo"
+
+
+@pytest.mark.parametrize("rl", ["ebft", "gdpo", "grpo"])
+def test_every_kind_of_it_is_known_by_name(rl):
+    """Whatever else Axolotl checks of such a configuration."""
+    from axolotl.utils.schemas.enums import RLType
+    from gelora_plugins.integrations.axolotl import GeLoRAArgs
+
+    from gelora_plugins.errors import ConfigError
+
+    for value in (rl, RLType(rl)):
+        with pytest.raises(ConfigError, match=f"rl is {rl}: "):
+            GeLoRAArgs.check_gelora({"adapter": "lora", "rl": value})
+
+
+@pytest.mark.parametrize("rl", [None, "dpo", "ipo", "kto", "orpo", "simpo", "ebft"])
+def test_trainings_on_rows_that_are_there_are_not_refused(rl):
+    from gelora_plugins.integrations.axolotl import GeLoRAArgs
+
+    GeLoRAArgs.check_gelora({"adapter": "lora", "rl": rl, "ebft": {"mode": "strided"}})
+
+
+def test_the_command_says_in_one_sentence_why_there_is_no_plan(workplace, manager, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+    from gelora_plugins.integrations.axolotl_cli import gelora
+
+    monkeypatch.chdir(tmp_path)
+    broken, other = tmp_path / "broken.yml", tmp_path / "other.yml"
+    broken.write_text("a: [")
+    other.write_text("[a]")
+    for path, said in (
+        (workplace.write("grpo", rl="grpo", **GRPO), "rl is grpo: it writes what it trains on while it trains"),
+        (workplace.write("misspelt", gelora={"polcy": "budget"}), "gelora.polcy is not an option. Did you mean"),
+        (broken, "broken.yml"),
+        (other, "other.yml holds a list; expected a configuration of Axolotl"),
+    ):
+        ended = CliRunner().invoke(gelora, [str(path)])
+        assert ended.exit_code == 2, ended.output
+        (line,) = (line for line in ended.output.splitlines() if line.startswith("Error: "))
+        assert said in line
+
+
 def test_a_section_that_is_right_is_kept(load):
     cfg = load(gelora={"policy": "budget", "probe_samples": 96})
     assert cfg.gelora == {"policy": "budget", "probe_samples": 96}
@@ -119,6 +179,31 @@ def test_a_missing_plan_stops_before_the_model_is_loaded(load, manager):
     manager.get_instance().pre_model_load(load(gelora={"plan": "missing.json", "on_failure": "keep"}))
 
 
+def test_an_object_that_is_kept_forgets_the_configuration_before(load, manager, tmp_path):
+    """Axolotl 0.21 keeps plugin objects in a sweep, or where a notebook trains twice; 0.19 makes them anew."""
+    from gelora_plugins import GeLoRAPlugin
+
+    make_plan().save(tmp_path / "plan.json")
+    cfg = load(gelora={"plan": "plan.json"})
+    plugin = next(p for p in manager().plugins.values() if isinstance(p, GeLoRAPlugin))
+    assert plugin.get_lora_config_kwargs(cfg)
+    assert plugin.plan is not None
+    plugin.selection = "of the trainer before"
+    plugin.register(load(gelora={"policy": "budget"}))
+    assert (plugin.plan, plugin.selection) == (None, None)
+
+
+def test_a_plan_is_forgotten_also_where_nobody_registers_the_next_configuration(load, manager, tmp_path):
+    from gelora_plugins import GeLoRAPlugin
+
+    make_plan().save(tmp_path / "plan.json")
+    planned, chosen = load(gelora={"plan": "plan.json"}), load(gelora={"policy": "budget"})
+    plugin = next(p for p in manager().plugins.values() if isinstance(p, GeLoRAPlugin))
+    assert plugin.get_lora_config_kwargs(planned)
+    assert plugin.get_lora_config_kwargs(chosen) == {}
+    assert plugin.plan is None
+
+
 def test_the_users_own_patterns_stay_in_force(load, manager, tmp_path):
     """The first pattern that matches a module wins in PEFT, and a saved adapter has them in another order."""
     from gelora_plugins.integrations.axolotl import lora_config
@@ -180,6 +265,8 @@ def test_importing_the_plugin_imports_nothing_heavy_of_ours():
         "gelora_plugins.integrations",
         "gelora_plugins.integrations.axolotl",
         "gelora_plugins.integrations.axolotl_cli",
+        "gelora_plugins.mistakes",
+        "gelora_plugins.text",
     }
     assert not {name.partition(".")[0] for name in theirs} & {"torch", "transformers", "peft", "pluggy", "scipy"}
 

@@ -193,6 +193,24 @@ class TestPlanKnownBefore:
         assert "The plan is for another model, or for other target modules" in run.log
         assert not list(run.output_dir.glob("checkpoint-*"))
 
+    def test_a_sweep_in_one_process_gives_each_run_the_ranks_of_its_own_configuration(self, workplace, shown):
+        import yaml
+
+        from gelora_plugins.ranks import RankPlan
+
+        config = workplace.write("sweep", max_steps=1)
+        sections = [{"plan": "plan.json"}, {"policy": "uniform", "probe_samples": 96}]
+        (workplace.directory / "sections.yml").write_text(yaml.safe_dump({"gelora": sections}))
+        ended = command("train", config, "--sweep", "sections.yml", "--launcher", "python", cwd=workplace.directory)
+        assert ended.returncode == 0, ended.log
+        found = {}
+        for directory in (workplace.directory / "sweep").glob("sweep*"):
+            plan = RankPlan.load(directory / "gelora" / "plan.json")
+            check_ranks(directory, plan, base_rank=9)
+            found[plan.policy] = plan.ranks
+        assert found["uniform"] == (8,) * 4
+        assert found["budget"] == RankPlan.load(workplace.directory / "plan.json").ranks
+
 
 def test_a_failing_plugin_stops_the_training(workplace):
     datasets = [{"path": "few.jsonl", "ds_type": "json", "type": "completion"}]

@@ -1,17 +1,17 @@
-"""A tiny training that can be killed at a chosen moment. Imported once by a fork server, so that a run is quick."""
+"""What tests/forks.py runs in processes of its own: a tiny training that can be killed at a chosen moment, and more."""
 
 import json
 import os
 import signal
 import sys
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import matplotlib.figure  # noqa: F401  # the report's picture; importing it in every run takes longer than the run
 from transformers import Trainer
 
-from gelora_plugins import GeLoRACallback, GeLoRAConfig
+from gelora_plugins import GeLoRACallback, GeLoRAConfig, pipeline
 from gelora_plugins.adapter import apply_plan
 from gelora_plugins.pipeline import select_ranks
 from gelora_plugins.report import RankReport
@@ -27,23 +27,35 @@ PHASES = {
     "steps": Trainer.training_step,
     "checkpoint": Trainer._save_checkpoint,
 }
+FUNCTIONS = {function.__code__: name for name, function in PHASES.items()}
+# Where a phase has another name than its function, the function and which of its calls it is.
+CALLS = {"first checkpoint": ("checkpoint", 0), "second checkpoint": ("checkpoint", 1)}
 
 
 class Moments:
-    """A profile function for `sys.setprofile`: a moment is the number of calls and returns, of Python and of C."""
+    """A profile function for `sys.setprofile`: a moment is the number of calls and returns, of Python and of C.
 
-    def __init__(self, kill_at: int | None) -> None:
-        self.kill_at = kill_at
+    It kills the process so many moments after a phase began: counted from there, what came before may take longer or
+    shorter from run to run.
+    """
+
+    def __init__(self, kill_at: tuple[str, int] | None = None) -> None:
+        phase, self.after = kill_at or ("", 0)
+        self.function, self.call = CALLS.get(phase, (phase, 0))
         self.now = 0
+        self.last: int | None = None
         self.phases: dict[str, list[int]] = {}
-        self._codes = {function.__code__: name for name, function in PHASES.items()}
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
         self.now += 1
-        if self.now == self.kill_at:
+        if self.now == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
-        if event in ("call", "return") and frame.f_code in self._codes:
-            self.phases.setdefault(self._codes[frame.f_code], []).append(self.now)
+        name = FUNCTIONS.get(frame.f_code) if event in ("call", "return") else None
+        if name is not None:
+            moments = self.phases.setdefault(name, [])
+            moments.append(self.now)
+            if name == self.function and len(moments) == 2 * self.call + 1:
+                self.last = self.now + self.after
 
 
 def last_whole_checkpoint(directory: Path) -> str | None:
@@ -59,25 +71,31 @@ def last_whole_checkpoint(directory: Path) -> str | None:
     return None
 
 
-def train(directory: Path, kill_at: int | None = None, policy: str = "budget", saving: bool = True) -> None:
-    """The user's script: train, from the last checkpoint when there is one. Output goes to log.txt."""
-    directory.mkdir(exist_ok=True)
-    with open(directory / "log.txt", "a") as log:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(log.fileno(), stream.fileno())
-    options = {"max_steps": STEPS, "save_strategy": "steps" if saving else "no", "save_steps": 2}
+def train(
+    directory: Path, moments: Moments | None = None, policy: str = "budget", saving: bool = True, steps: int = STEPS
+) -> None:
+    """The user's script: train, from the last checkpoint when there is one."""
+    measured: list[int] = []
+    measure = pipeline.measure
+    pipeline.measure = lambda *args, **kwargs: measured.append(1) or measure(*args, **kwargs)
+    options = {"max_steps": steps, "save_strategy": "steps" if saving else "no", "save_steps": 2}
+    options |= {"lr_scheduler_type": "constant", "disable_tqdm": False}
     trainer = trainer_for(peft_model(), directory, GeLoRACallback(GeLoRAConfig(policy=policy)), **options)
     checkpoint = last_whole_checkpoint(directory)
-    moments = Moments(kill_at)
     sys.setprofile(moments)
     trainer.train(resume_from_checkpoint=checkpoint)
     sys.setprofile(None)
-    found = {"ranks": ranks_by_block(trainer.model), "phases": moments.phases, "resumed": checkpoint is not None}
+    found = {
+        "ranks": ranks_by_block(trainer.model),
+        "measured": len(measured),
+        "resumed": checkpoint is not None,
+        "phases": {} if moments is None else moments.phases,
+    }
     (directory / f"found-{policy}.json").write_text(json.dumps(found))
 
 
-def write_often(path: Path, ranks: tuple[int, ...], times: int) -> None:
+def write_until(path: Path, ranks: tuple[int, ...], enough: Event) -> None:
     """Save the test plan with these ranks again and again."""
     plan = make_plan(ranks=ranks)
-    for _ in range(times):
+    while not enough.is_set():
         plan.save(path)

@@ -1,47 +1,32 @@
 """SIGKILL at 20 moments between the first row that is read and the second checkpoint; then the same script again."""
 
 import json
-import multiprocessing
 import random
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.runs import STEPS, train
+from tests.faults.runs import CALLS, STEPS, Moments, last_whole_checkpoint, train
+from tests.forks import start, wait
 from tests.training import saved_plan
 
 # Phase -> how many kills. Moments are drawn in as many equal parts of the phase, one in each.
 KILLS = {"probe": 5, "apply": 4, "report": 4, "steps": 3, "first checkpoint": 2, "second checkpoint": 2}
 CASES = [(phase, part) for phase, parts in KILLS.items() for part in range(parts)]
 
-Run = Callable[..., int]
+
+def run(directory: Path, moments: Moments | None = None) -> int:
+    """Train in a new process; its exit code."""
+    directory.mkdir(exist_ok=True)
+    return wait(start(train, directory, moments, log=directory / "log.txt"))
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
-    """Run `train` in a new process and give its exit code; the imports are paid once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.runs"])
-
-    def started(*arguments: Any) -> int:
-        process = context.Process(target=train, args=arguments)
-        process.start()
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-            pytest.fail("the run hangs")
-        return process.exitcode
-
-    return started
-
-
-@pytest.fixture(scope="module")
-def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("undisturbed")
-    assert run(directory) == 0, (directory / "log.txt").read_text()
+    assert run(directory, Moments()) == 0, (directory / "log.txt").read_text()
     return directory
 
 
@@ -53,9 +38,9 @@ def span(phases: dict[str, list[int]], phase: str) -> tuple[int, int]:
     """First and last moment of a phase, in calls and returns since training began."""
     if phase == "steps":
         return phases["steps"][0], phases["checkpoint"][0]
-    if phase.endswith("checkpoint"):
-        enter, leave = phases["checkpoint"][:2] if phase.startswith("first") else phases["checkpoint"][2:4]
-        return enter, leave
+    if phase in CALLS:
+        function, call = CALLS[phase]
+        return phases[function][2 * call], phases[function][2 * call + 1]
     return phases[phase][0], phases[phase][-1]
 
 
@@ -64,23 +49,23 @@ def json_files(directory: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(("phase", "part"), CASES)
-def test_the_same_script_finishes_with_the_same_ranks(
-    tmp_path: Path, run: Run, undisturbed: Path, phase: str, part: int
-) -> None:
+def test_the_same_script_finishes_with_the_same_ranks(tmp_path: Path, undisturbed: Path, phase: str, part: int) -> None:
     first, last = span(found(undisturbed)["phases"], phase)
-    length = (last - first) / KILLS[phase]
-    moment = round(first + (part + random.Random(f"{phase} {part}").random()) * length)
+    share = (part + random.Random(f"{phase} {part}").random()) / KILLS[phase]
     directory = tmp_path / "out"
-    assert run(directory, moment) == -signal.SIGKILL
+    assert run(directory, Moments((phase, 1 + int(share * (last - first))))) == -signal.SIGKILL
     written = directory / "gelora" / "plan.json"
     assert written.exists() or phase in ("probe", "apply", "report")
     if written.exists():  # whole, or not there
         assert saved_plan(directory).ranks == saved_plan(undisturbed).ranks
+    goes_on = last_whole_checkpoint(directory) is not None
+    assert goes_on or phase != "second checkpoint"
+    assert not goes_on or phase in CALLS
 
     assert run(directory) == 0, (directory / "log.txt").read_text()
     assert found(directory)["ranks"] == found(undisturbed)["ranks"]
-    assert found(directory)["resumed"] is (phase == "second checkpoint")
-    assert ("probe" in found(directory)["phases"]) is (phase != "second checkpoint")
+    assert found(directory)["resumed"] is goes_on
+    assert found(directory)["measured"] == (0 if goes_on else 1)
     for path in json_files(directory):
         json.loads(path.read_text())
     names = [str(path.relative_to(directory)) for path in json_files(directory)]

@@ -2,48 +2,40 @@
 
 import json
 import multiprocessing
+import time
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from gelora_plugins import RankPlan
-from tests.faults.runs import train, write_often
+from tests.faults.runs import train, write_until
+from tests.forks import HANGS, start, wait
 from tests.plans import make_plan
 
-
-@pytest.fixture(scope="module")
-def context() -> Any:
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["tests.faults.runs"])
-    return made
+READS = 300
 
 
-def test_a_reader_never_sees_half_a_plan(tmp_path: Path, context: Any) -> None:
+def test_a_reader_never_sees_half_a_plan(tmp_path: Path) -> None:
     plans = [make_plan(), make_plan(ranks=(9,) * 6)]
     path = tmp_path / "plan.json"
     plans[0].save(path)
-    writers = [context.Process(target=write_often, args=(path, plan.ranks, 300)) for plan in plans]
-    for writer in writers:
-        writer.start()
-    seen = []
-    while any(writer.is_alive() for writer in writers):
+    enough = multiprocessing.get_context("forkserver").Event()
+    log = tmp_path.with_suffix(".log")
+    writers = [start(write_until, path, plan.ranks, enough, log=log) for plan in plans]
+    seen: list[int] = []
+    hangs = time.monotonic() + HANGS
+    while len(seen) < READS or set(seen) != {0, 1}:
+        assert all(writer.is_alive() for writer in writers), log.read_text()
+        assert time.monotonic() < hangs
         seen.append(plans.index(RankPlan.load(path)))
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    assert set(seen) == {0, 1}
+    enough.set()
+    assert [wait(writer) for writer in writers] == [0, 0], log.read_text()
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_two_trainings_in_one_output_directory_both_end(tmp_path: Path, context: Any) -> None:
+def test_two_trainings_in_one_output_directory_both_end(tmp_path: Path) -> None:
     policies = ("budget", "gelora")
-    runs = [context.Process(target=train, args=(tmp_path, None, policy, False)) for policy in policies]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(120)
-        assert run.exitcode == 0, (tmp_path / "log.txt").read_text()
+    log = tmp_path / "log.txt"
+    runs = [start(train, tmp_path, None, policy, False, log=log) for policy in policies]
+    assert [wait(run) for run in runs] == [0, 0], log.read_text()
     ranks = [json.loads((tmp_path / f"found-{policy}.json").read_text())["ranks"] for policy in policies]
     assert ranks[0] != ranks[1]
     plan = RankPlan.load(tmp_path / "gelora" / "plan.json")

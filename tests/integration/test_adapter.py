@@ -66,12 +66,29 @@ def test_a_module_whose_rank_does_not_change_is_not_touched() -> None:
     model = peft_model()
     plan = select_ranks(model, rows(), progress=False)
     plan = dataclasses.replace(plan, ranks=(4, 6, 4))
-    before = dict(model.named_parameters())
+    before = {name: (p.detach().clone(), p.shape) for name, p in model.named_parameters()}
     applied = apply_plan(model, plan)
-    after = dict(model.named_parameters())
-    for name, parameter in before.items():
-        assert (after[name] is parameter) == ("lora_" not in name or ".layers.1." not in name), name
+    for name, parameter in model.named_parameters():
+        value, shape = before[name]
+        if "lora_" in name and ".layers.1." in name:
+            assert parameter.shape != shape, name
+        else:
+            assert torch.equal(parameter, value), name
     assert len(applied.changed) == 7
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj"]}])
+def test_the_parameters_stay_the_same_objects_so_that_who_holds_them_trains_them(options: dict[str, Any]) -> None:
+    model = peft_model(**options)
+    plan = dataclasses.replace(select_ranks(model, rows(), progress=False), ranks=(2, 6, 7))
+    before = {name: (p, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    for parameter, _, _ in before.values():
+        parameter.grad = torch.zeros_like(parameter)
+    apply_plan(model, plan)
+    after = {name: (p, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    assert list(after) == list(before)
+    assert all(after[name][0] is entry[0] and after[name][1:] == entry[1:] for name, entry in before.items())
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
 
 
 def test_one_modules_rank_does_not_move_anothers_draw() -> None:

@@ -23,7 +23,8 @@ from gelora_plugins import (
     select_ranks,
 )
 from gelora_plugins.adapter import find_adapter
-from gelora_plugins.lora_config import matches_pattern, with_plan
+from gelora_plugins.lora_config import matches_pattern
+from gelora_plugins.plan_check import with_plan
 from gelora_plugins.plugins import plugin_manager
 from tests.kinds import FIRST, IN_PLACE, KINDS, PURE, ROUTES, Kind
 from tests.tiny import build

@@ -43,9 +43,9 @@ def constant() -> PeftModel:
     return model
 
 
-def sgd() -> dict[str, Any]:
+def adagrad() -> dict[str, Any]:
     model = peft_model()
-    return {"model": model, "optimizers": (torch.optim.SGD(model.parameters(), 0.1), None)}
+    return {"model": model, "optimizers": (torch.optim.Adagrad(model.parameters(), 0.1), None)}
 
 
 CASES: dict[str, tuple[type[GeLoRAError], list[str], Callable[[], dict[str, Any]]]] = {
@@ -98,7 +98,7 @@ CASES: dict[str, tuple[type[GeLoRAError], list[str], Callable[[], dict[str, Any]
         ["pooling 'cls'", "first, last, mean"],
         lambda: {"callback": GeLoRACallback(GeLoRAConfig(pooling="cls"))},
     ),
-    "user-passed optimizer": (TooLateError, ["optimizer", "optimizer_cls_and_kwargs"], sgd),
+    "user-passed optimizer": (TooLateError, ["has begun", "optimizer_cls_and_kwargs"], adagrad),
     "adapter and lora_config": (
         ApplyError,
         ["has an adapter already"],

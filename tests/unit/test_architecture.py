@@ -1,10 +1,13 @@
 """Who may import whom: downward only. Imports inside functions and for type checkers do not count, unless said."""
 
 import ast
+import importlib.util
+import pydoc
 import subprocess
 import sys
 from importlib.util import resolve_name
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,16 +21,20 @@ MODULES = ENGINE | ADAPTERS
 # A module imports from the layers below its own. The adapters, which import each other, are above all but the last.
 LAYERS = [
     {"errors"},
-    {"config", "records"},
+    {"collated", "config", "generators", "mistakes", "records", "text"},
     {"hookspecs", "layout", "neighbours", "pooling", "probe_set", "processes", "rows", "storage"},
-    {"builtin", "dimension", "features", "plugins", "resampling"},
-    {"estimators", "ranks"},
+    {"builtin", "dimension", "inputs", "plugins", "resampling"},
+    {"estimators", "features", "ranks"},
     {"lora_config"},
     {"adapter", "boundaries", "policies", "report"},
+    {"rehearsal"},
+    {"plan_check"},
     {"pipeline"},
     set(ADAPTERS),
-    {"compare_methods", "compare_stats", "compare_tasks"},
-    {"compare_bench", "compare_pictures", "compare_report"},
+    {"compare_methods", "compare_stats", "compare_tasks", "compare_workers"},
+    {"compare_runs"},
+    {"compare_bench", "compare_pictures", "compare_results"},
+    {"compare_report"},
     {"compare_training"},
     {"cli", "compare", "demo", "export", "sensitivity"},
 ]
@@ -164,6 +171,44 @@ def test_an_unknown_public_name_is_an_attribute_error():
         gelora_plugins.no_such_name  # noqa: B018
 
 
+@pytest.fixture
+def without_frameworks(monkeypatch):
+    """As where neither trl nor axolotl is installed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("axolotl", "trl") else find_spec(name)
+    )
+    for name in ("GeLoRAPlugin", "GeLoRASFTTrainer"):
+        monkeypatch.delitem(vars(gelora_plugins), name, raising=False)
+
+
+def test_all_public_names_can_be_looked_at_without_the_frameworks(without_frameworks):
+    names = {}
+    exec("from gelora_plugins import *", names)
+    assert set(gelora_plugins.__all__) <= set(names)
+    assert all(hasattr(gelora_plugins, name) for name in gelora_plugins.__all__)
+    assert 'GeLoRASFTTrainer needs trl, which is not installed here: pip install "gelora[trl]".' in pydoc.render_doc(
+        gelora_plugins, renderer=pydoc.plaintext
+    )
+
+
+@pytest.mark.parametrize(("name", "framework"), [("GeLoRAPlugin", "axolotl"), ("GeLoRASFTTrainer", "trl")])
+def test_a_name_whose_framework_is_missing_says_so_when_it_is_used(without_frameworks, name, framework):
+    found = getattr(gelora_plugins, name)
+    with pytest.raises(ImportError, match=f"^{name} needs {framework}, which is not installed here: pip install"):
+        found("model", args=None)
+    with pytest.raises(ImportError, match=framework):
+        type("Mine", (found,), {})()
+
+
+def test_a_framework_that_is_broken_is_not_taken_for_missing(monkeypatch):
+    monkeypatch.delitem(vars(gelora_plugins), "GeLoRASFTTrainer", raising=False)
+    monkeypatch.delitem(sys.modules, "gelora_plugins.integrations.trl", raising=False)
+    monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(__spec__=SimpleNamespace()))
+    with pytest.raises(ImportError, match="SFTTrainer"):
+        gelora_plugins.GeLoRASFTTrainer  # noqa: B018
+
+
 def test_the_folder_of_adapters_refuses_to_be_imported_under_its_own_name():
     done = subprocess.run([sys.executable, "-c", "import integrations"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -171,7 +216,7 @@ def test_the_folder_of_adapters_refuses_to_be_imported_under_its_own_name():
     assert "gelora_plugins.integrations" in modules_after("import gelora_plugins.integrations")
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "records"])
+@pytest.mark.parametrize("module", ["config", "errors", "mistakes", "records", "text"])
 def test_the_lowest_modules_need_the_standard_library_only(module):
     names = imported(ast.walk(parse(module)), module)
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names | {"gelora_plugins"}

@@ -186,6 +186,11 @@ def one_point_far_away(points):
     return points
 
 
+def one_point_ten_million_times_farther(points):
+    points[0] *= 1e7
+    return points
+
+
 def two_clusters(points):
     points[::2] += 1000.0
     return points
@@ -206,6 +211,7 @@ CASES = [
     (constant_coordinate, slice(None)),
     (rogue_coordinate, slice(None)),
     (one_point_far_away, slice(1, None)),
+    (one_point_ten_million_times_farther, slice(1, None)),
     (two_clusters, slice(None)),
     (cluster_far_away, slice(None)),
     (rounded_to_bfloat16, slice(None)),

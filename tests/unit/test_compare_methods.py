@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from gelora_plugins.compare_methods import (
+    METHODS,
     Method,
     Recipe,
     Row,
@@ -110,9 +111,21 @@ def test_methods_that_differ_by_a_hundredth_are_refused() -> None:
         Row("a row", (Method("plan", (ours,)), Method("eva", (far,))))
 
 
-def test_a_plan_named_like_a_control_is_refused() -> None:
-    with pytest.raises(PlanError, match="Two methods of 'uniform' have one name"):
-        plan_row("uniform", make_plan(), ALL, 5)
+@pytest.mark.parametrize("name", [*METHODS[1:], "uniform r = 3"])
+def test_a_plan_named_like_a_method_is_refused_whether_or_not_that_takes_part(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"A plan is called '{name}', as a method of the comparison is"):
+        plan_row(name, make_plan(), ("plan",), 5)
+
+
+def test_a_plan_may_be_called_plan() -> None:
+    """As the file is that a training writes."""
+    assert plan_row("plan", make_plan(), ALL, 5).methods[0].name == "plan"
+
+
+def test_two_methods_of_one_name_are_refused() -> None:
+    method = Method("mine", (Recipe("lora", 100, (1,)),))
+    with pytest.raises(PlanError, match="Two methods of 'mine' have one name"):
+        Row("mine", (method, method))
 
 
 def test_the_grid_has_a_row_for_each_rank() -> None:

@@ -55,15 +55,18 @@ def test_the_same_scores_are_equal_within_nothing() -> None:
     assert verdict(found, found.p) == "equal within 0"
 
 
-def test_a_difference_that_cannot_be_told_is_equal_within_the_far_end_of_its_interval() -> None:
-    found = Difference(mean=0.5, interval=(-1.0, 2.0), p=0.3, smallest=1.5, seeds=5)
-    assert verdict(found, 0.3) == "equal within 2"
+def test_a_difference_that_cannot_be_told_is_not_called_equal() -> None:
+    """Five seeds that vary by 50 would be "equal within 88.7", which says nothing but that nothing was found."""
+    found = Difference(mean=0.5, interval=(-87.0, 88.7), p=0.9, smallest=150.0, seeds=5)
+    assert verdict(found, 0.9) == "not told apart"
+    assert verdict(found, 0.9, margin=88.0) == "not told apart"
+    assert verdict(found, 0.9, margin=89.0) == "equal within 88.7"
 
 
 def test_a_correction_can_take_a_verdict_away() -> None:
     found = Difference(mean=0.5, interval=(0.1, 0.9), p=0.03, smallest=0.5, seeds=5)
     assert verdict(found, 0.03) == "better"
-    assert verdict(found, 0.09) == "equal within 0.9"
+    assert verdict(found, 0.09) == "not told apart"
 
 
 def test_a_difference_within_the_margin_is_equal_however_sure_it_is() -> None:

@@ -1,5 +1,6 @@
 """Tasks of a comparison: what rows may hold, what counts in the loss, how answers are scored."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gelora_plugins.compare_bench import Bench, Settings
 from gelora_plugins.compare_tasks import IGNORED_LABEL, SCORES, Collator, Task, encode, evaluate, split_fifth
 from gelora_plugins.errors import ConfigError, ProbeError
 
@@ -39,6 +41,58 @@ def test_only_the_completion_counts() -> None:
     assert encode(short, rows, Letters())[0]["labels"] == [IGNORED_LABEL, IGNORED_LABEL, 99, 100]
 
 
+def prompts(cut: int, whole: int) -> list[dict[str, str]]:
+    """Rows whose prompt alone has 8 tokens, and rows of 5 tokens."""
+    return [{"prompt": "abcdefgh", "completion": "x"}] * cut + [{"prompt": "ab", "completion": "cd"}] * whole
+
+
+def test_rows_whose_answer_is_cut_off_are_left_out_and_counted() -> None:
+    """They would be steps that train on nothing, and differ by seed and batch size."""
+    rows = prompts(2, 18)
+    task = Task("t", "causal-lm", rows, rows[1:], max_length=8)
+    kept = encode(task, rows, Letters())
+    assert [row["input_ids"] for row in kept] == [[97, 98, 99, 100, 2]] * 18
+    bench = Bench("", task, Settings(), Path())
+    bench.__dict__["tokenizer"] = Letters()
+    assert (len(bench.train), len(bench.test)) == (18, 18)
+    assert bench.notes == [
+        "2 of 20 training rows are left out: max_length, which is 8, cuts off their whole answer.",
+        "1 of 19 test rows are left out: max_length, which is 8, cuts off their whole answer.",
+    ]
+
+
+def test_an_answer_of_which_a_token_is_left_is_trained_on() -> None:
+    rows = prompts(12, 0)
+    assert len(encode(Task("t", "causal-lm", rows, rows, max_length=9), rows, Letters())) == 12
+
+
+def test_a_text_of_one_token_trains_on_nothing() -> None:
+    """The first token follows nothing."""
+    rows = [{"text": "a"}, *[{"text": "abc"}] * 11]
+    assert len(encode(Task("t", "causal-lm", rows, rows), rows, Letters())) == 11
+
+
+def test_a_task_of_which_many_rows_are_cut_is_refused() -> None:
+    rows = prompts(3, 17)
+    task = Task("t", "causal-lm", rows, rows, max_length=8)
+    with pytest.raises(ProbeError, match=r"max_length is 8, and cuts off all that counts in 3 of 20 rows.*Give a"):
+        encode(task, rows, Letters())
+
+
+def test_fewer_rows_than_a_seed_is_to_draw_are_refused() -> None:
+    rows = prompts(2, 18)
+    bench = Bench("", Task("t", "causal-lm", rows, rows, max_length=8), Settings(rows_per_seed=19), Path())
+    bench.__dict__["tokenizer"] = Letters()
+    with pytest.raises(ProbeError, match="rows_per_seed is 19; 18 training rows have an answer within max_length, whi"):
+        bench.drawn(0)
+
+
+def test_tokens_that_are_given_are_cut_too() -> None:
+    rows = [{"input_ids": list(range(20)), "token_type_ids": [0] * 20, "label": i % 2} for i in range(12)]
+    row = encode(Task("t", "classification", rows, rows, max_length=5), rows, None)[0]
+    assert row == {"input_ids": [0, 1, 2, 3, 4], "token_type_ids": [0] * 5, "labels": 0}
+
+
 def test_a_fifth_is_held_out_and_nothing_is_lost() -> None:
     kept, fifth = split_fifth(list(range(23)))
     assert len(fifth) == 4
@@ -47,6 +101,7 @@ def test_a_fifth_is_held_out_and_nothing_is_lost() -> None:
 
 
 MISTAKES = {
+    "length": ({"max_length": 0}, "max_length is 0; expected at least 1 token"),
     "kind": ({"kind": "ranking"}, "The kind of task is 'ranking'; expected one of: classification, regression, causal"),
     "metric": ({"metric": "bleu"}, "The metric is 'bleu'; expected one of: accuracy, mcc, f1, loss for classification"),
     "too few": ({"train": ROWS[:3]}, "3 training rows and 4 test rows; expected 10 and 1"),

@@ -266,7 +266,7 @@ def test_points_that_are_not_finite_are_an_error(estimator, value):
 # --- invariances
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 1000),
     scale=st.floats(1e-6, 1e6),

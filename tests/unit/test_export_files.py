@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gelora_plugins import export
-from gelora_plugins.errors import ConfigError, ExportError, GeLoRAError, PlanError
+from gelora_plugins.errors import ConfigError, ExportError, GeLoRAError, PlanError, WriteError
 from gelora_plugins.export import export_uniform
 
 CONFIG = {
@@ -85,6 +85,10 @@ def test_dtypes_and_the_files_own_metadata_are_kept(tmp_path: Path) -> None:
         ({"lora_alpha": None}, ["must be numbers"]),
         ({"rank_pattern": {"q": None}}, ["must be numbers"]),
         ({"alpha_pattern": [1]}, ["must be numbers"]),
+        ({"lora_alpha": 10**400}, ["must be numbers, none above"]),
+        ({"lora_alpha": 1e300}, ["must be numbers, none above"]),
+        ({"target_parameters": [1]}, ["target_parameters [1]", "a list of names"]),
+        ({"target_parameters": "experts"}, ["target_parameters 'experts'", "a list of names"]),
     ],
 )
 def test_configurations_that_are_refused(tmp_path: Path, config: dict[str, Any], words: list[str]) -> None:
@@ -92,6 +96,51 @@ def test_configurations_that_are_refused(tmp_path: Path, config: dict[str, Any],
     assert str(tmp_path / "many" / "adapter_config.json") in said
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("(q|qq)+$x", "regex timed out"),
+        ("(h|h.)*(q|.q|qq)+!", None),
+        ("(", "missing )"),
+        ("q" * 100 + "[", "unterminated"),
+    ],
+)
+def test_a_pattern_that_cannot_be_matched_is_refused_and_hangs_nothing(
+    tmp_path: Path, key: str, said: str | None
+) -> None:
+    source = adapter(tmp_path / "many", pair("h.0." + "q" * 60, 2), alpha_pattern={key: 8})
+    if said is None:
+        assert export_uniform(source, tmp_path / "one").lora_alpha == 4
+    else:
+        found = refused(tmp_path, source)
+        assert f"has the pattern {key!r:.80}, which cannot be matched with h.0.q" in found
+        assert said in found
+
+
+def test_an_adapter_with_a_name_of_its_own_is_pointed_to(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    for name in ("other", "mine"):
+        adapter(tmp_path / "saved" / name)
+    named = " or ".join(str(tmp_path / "saved" / name) for name in ("mine", "other"))
+    assert refused(tmp_path, tmp_path / "saved").endswith(f"expected an adapter's own directory, as {named} is.")
+    assert export_uniform(tmp_path / "saved" / "mine", tmp_path / "one").rank == 3
+
+
+def test_a_link_to_nothing_is_not_written_to(tmp_path: Path) -> None:
+    source = adapter(tmp_path / "many")
+    (tmp_path / "one").symlink_to(tmp_path / "nothing")
+    assert f"one is a link to {tmp_path / 'nothing'}, which is not there" in refused(tmp_path, source)
+
+
+@pytest.mark.parametrize("place", ["a file/one", "a link to nothing/one"])
+def test_a_place_that_cannot_be_made_is_an_error(tmp_path: Path, place: str) -> None:
+    source = adapter(tmp_path / "many")
+    (tmp_path / "a file").write_text("mine")
+    (tmp_path / "a link to nothing").symlink_to(tmp_path / "nothing")
+    with pytest.raises(WriteError, match=f"{place} cannot be written: "):
+        export_uniform(source, tmp_path / place)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, b"\xff"])
@@ -189,8 +238,8 @@ def test_an_empty_directory_is_used(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path / "one")) == 2
 
 
-@pytest.mark.parametrize("multiple", [0, -8])
-def test_a_rank_multiple_is_positive(tmp_path: Path, multiple: int) -> None:
+@pytest.mark.parametrize("multiple", [0, -8, 1025, 10**30])
+def test_a_rank_multiple_is_positive_and_bounded(tmp_path: Path, multiple: int) -> None:
     with pytest.raises(ConfigError, match=f"The rank multiple is {multiple}; expected a whole number of at least 1"):
         export_uniform(adapter(tmp_path / "many"), tmp_path / "one", rank_multiple=multiple)
 
@@ -206,7 +255,7 @@ def test_a_write_that_fails_leaves_nothing(
         raise error
 
     monkeypatch.setattr(module, name, fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(WriteError if isinstance(error, OSError) else KeyboardInterrupt):
         export_uniform(source, tmp_path / "one")
     assert os.listdir(tmp_path) == ["many"]
 

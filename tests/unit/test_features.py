@@ -490,6 +490,29 @@ def test_a_pooling_that_makes_no_point_per_document_is_an_error(pool):
         probe(Chain(Tag()), pool=pool)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "bart"])
+@pytest.mark.parametrize("token", [VOCABULARY, 10**6, -1])
+def test_a_token_beyond_the_vocabulary_is_an_error(family, token):
+    model = build(family)
+    rows = [{"input_ids": [5, token, 6]}, {"input_ids": [5, 6]}]
+    if is_seq2seq(model):
+        rows = [{**row, "labels": [7, 8]} for row in rows]
+    said = rf"^input_ids has the token {token}, and the model's vocabulary the tokens 0 to {VOCABULARY - 1}\."
+    with pytest.raises(ProbeError, match=said):
+        features_of(model, rows)
+
+
+def test_a_label_beyond_the_vocabulary_is_an_error_where_a_decoder_reads_it():
+    with pytest.raises(ProbeError, match=rf"^decoder_input_ids has the token {VOCABULARY}, "):
+        features_of(build("t5"), [{"input_ids": [5, 6], "labels": [VOCABULARY, 7]}])
+
+
+def test_tokens_that_were_added_to_the_model_are_no_error():
+    model = build("llama")
+    model.resize_token_embeddings(VOCABULARY + 1)
+    assert features_of(model, [{"input_ids": [5, VOCABULARY]}]).num_tokens == 2
+
+
 def test_an_encoder_decoder_without_labels_is_an_error():
     model = build("t5")
     with pytest.raises(

@@ -11,8 +11,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from gelora_plugins.errors import LayoutError, PlanError
 from gelora_plugins.hookspecs import hookimpl
 from gelora_plugins.layout import Block, Linear, ModelLayout, find_transformers_layout
-from gelora_plugins.pipeline import find_layout
-from gelora_plugins.plugins import plugin_manager
+from gelora_plugins.plugins import find_layout, plugin_manager
 from tests.probing import features_of
 from tests.tiny import BLOCKS, DECODER_BLOCKS, VOCABULARY, build
 

@@ -311,6 +311,20 @@ def test_points_that_all_coincide_are_all_repeats_of_the_first(value):
     assert found is None
 
 
+@pytest.mark.parametrize("distance", [1e7, 1e12])
+def test_repeats_do_not_depend_on_a_few_points_far_away(distance):
+    points = gaussian(100, 8)
+    points[60:70] = points[:10] + 1e-7
+    points[90:93] += distance * gaussian(3, 8, seed=1)
+    assert repeats(points, nearest)[0].nonzero().flatten().tolist() == list(range(60, 70))
+
+
+def test_nine_tenths_that_nearly_coincide_are_repeats():
+    points = gaussian(100, 8)
+    points[10:] = points[10] + 1e-8 * gaussian(90, 8, seed=1)
+    assert repeats(points, nearest)[0].nonzero().flatten().tolist() == list(range(11, 100))
+
+
 def test_equal_points_cost_no_search():
     points = gaussian(100, 8)
     points[50:] = points[:50]

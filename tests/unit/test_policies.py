@@ -10,6 +10,7 @@ from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, DimensionError, PlanError
 from gelora_plugins.hookspecs import hookimpl
 from gelora_plugins.policies import budget, check_dimensions, gelora, make_plan, needs, uniform
+from gelora_plugins.report import RankReport
 from tests.plans import SST2, make_profile, make_sites
 
 CONFIG = GeLoRAConfig()
@@ -140,7 +141,7 @@ def problems(draw, equal_costs):
     return [first, *rest], costs, draw(st.integers(1, 300))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(equal_costs=False))
 def test_budget_is_never_exceeded_and_every_rank_is_within_one_of_its_share(problem):
     stack, costs, base_rank = problem
@@ -153,7 +154,7 @@ def test_budget_is_never_exceeded_and_every_rank_is_within_one_of_its_share(prob
     assert all(abs(rank - share) <= 1 + 1e-6 for rank, share in zip(ranks, exact, strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(equal_costs=True))
 def test_budget_is_spent_exactly_and_in_the_order_of_the_needs_where_all_costs_are_equal(problem):
     stack, costs, base_rank = problem
@@ -162,6 +163,56 @@ def test_budget_is_spent_exactly_and_in_the_order_of_the_needs_where_all_costs_a
     assert sum(ranks) == base_rank * len(ranks)
     by_need = [rank for _, _, rank in sorted(zip(needs(profile, make_sites(profile)), range(999), ranks, strict=False))]
     assert all(later >= earlier - 1 for i, earlier in enumerate(by_need) for later in by_need[i:])
+
+
+def bounded(profile, costs, most):
+    sites = make_sites(profile, costs)
+    return tuple(replace(site, max_rank=bound) for site, bound in zip(sites, most, strict=True))
+
+
+def test_budget_stays_below_what_the_matrices_hold_and_gives_the_rest_to_the_others():
+    # needs 3.2 1.6 1 1.4 2.3 1 over 24 ranks: 7.31 3.66 2.29 3.2 5.26 2.29; the first and the fifth hold 4.
+    profile = make_profile(SST2)
+    ranks = budget(profile, bounded(profile, None, [4, 8, 8, 8, 4, 8]), 4, CONFIG)
+    assert (ranks[0], ranks[4]) == (4, 4)
+    # 16 ranks over needs of 1.6 1 1.4 1 are 5.12 3.2 4.48 3.2.
+    assert (ranks[1], ranks[2], ranks[3], ranks[5]) == (5, 3, 5, 3)
+
+
+def test_what_no_matrix_can_hold_is_not_spent_and_the_report_says_so():
+    profile = make_profile(SST2)
+    sites = bounded(profile, None, [5, 4, 4, 4, 4, 4])
+    plan = make_plan(profile, GeLoRAConfig(policy="budget"), sites, 4, lora_alpha=16)
+    assert plan.ranks[0] == 5
+    assert max(plan.ranks[1:]) == 4
+    said = "1 of 6 blocks have the largest rank that every matrix in them can hold."
+    assert said in RankReport(plan).lines()
+    nowhere = replace(plan, ranks=(5, 1, 1, 1, 1, 1))
+    assert f"{said} 784 parameters of the budget could not be spent." in RankReport(nowhere).lines()
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(equal_costs=False), st.data())
+def test_budget_with_bounds_is_never_exceeded_and_is_spent_where_it_can_be(problem, data):
+    stack, costs, base_rank = problem
+    most = data.draw(st.lists(st.integers(1, 500), min_size=len(costs), max_size=len(costs)))
+    profile = make_profile(stack)
+    sites = bounded(profile, costs, most)
+    ranks = budget(profile, sites, base_rank, CONFIG)
+    left = base_rank * sum(costs) - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    bounds = [max(bound, base_rank) for bound in most]
+    assert all(1 <= rank <= bound for rank, bound in zip(ranks, bounds, strict=True))
+    room = [cost for rank, bound, cost in zip(ranks, bounds, costs, strict=True) if rank < bound]
+    assert 0 <= left < max(room, default=float("inf")) or not room
+
+
+@pytest.mark.parametrize("name", ["gelora", "budget", "uniform"])
+def test_no_policy_gives_more_than_the_matrices_hold_or_the_user_asked_for(name):
+    profile = make_profile([1.0, 90.0, 2.0])
+    plan = make_plan(profile, GeLoRAConfig(policy=name), bounded(profile, None, [8, 8]), 6, lora_alpha=16)
+    assert max(plan.ranks) <= 8
+    wide = make_plan(profile, GeLoRAConfig(policy=name), bounded(profile, None, [8, 8]), 16, lora_alpha=16)
+    assert max(wide.ranks) <= 16
 
 
 # --- uniform

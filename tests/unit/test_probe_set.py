@@ -429,12 +429,38 @@ def test_token_ids_that_are_no_list_of_integers_are_an_error(ids):
         choose([{"input_ids": ids}])
 
 
-@pytest.mark.parametrize("row", [{"input_ids": [5]}, {"input_ids": [5], "labels": [-100]}])
-def test_an_encoder_decoder_without_labels_is_an_error(row):
-    with pytest.raises(ProbeError, match=rf"^A row has the fields {', '.join(row)}; expected labels with at least one"):
-        choose([row], SEQ2SEQ)
+def test_an_encoder_decoder_whose_labels_are_all_ignored_is_an_error():
+    with pytest.raises(ProbeError, match=r"^A row has the fields input_ids, labels; expected labels with at least one"):
+        choose([{"input_ids": [5], "labels": [-100]}], SEQ2SEQ)
 
 
-def test_a_class_in_place_of_labels_is_an_error_for_an_encoder_decoder():
-    with pytest.raises(ProbeError, match=r"^labels of a row is 1; expected a list of whole numbers\.$"):
-        choose([{"input_ids": [5], "labels": 1}], SEQ2SEQ)
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("attention_mask", [1, 1], "3 input_ids and 2 of attention_mask; expected one for each token"),
+        ("attention_mask", [1, 1, 1, 1], "3 input_ids and 4 of attention_mask"),
+        ("token_type_ids", [0, 1], "3 input_ids and 2 of token_type_ids"),
+        ("position_ids", [0, 1, 0, 1], "3 input_ids and 4 of position_ids"),
+        ("seq_lengths", [2, 2], "3 input_ids and seq_lengths of 4; expected the same"),
+        ("seq_lengths", [2], "3 input_ids and seq_lengths of 2; expected the same"),
+    ],
+)
+def test_columns_that_do_not_fit_the_token_ids_are_an_error(column, values, said):
+    with pytest.raises(ProbeError, match=said):
+        choose([{"input_ids": [1, 2, 3], column: values}])
+
+
+def test_a_mask_that_does_not_fit_is_an_error_for_an_encoder_decoder():
+    with pytest.raises(ProbeError, match="3 input_ids and 2 of attention_mask"):
+        choose([{"input_ids": [1, 2, 3], "labels": [1, 2], "attention_mask": [1, 1]}], SEQ2SEQ)
+
+
+@pytest.mark.parametrize("labels", [{"labels": 1}, {"labels": 0.5}, {"labels": torch.tensor(1)}, {}])
+def test_a_class_is_nothing_that_the_decoder_of_an_encoder_decoder_reads(labels):
+    (batch,) = choose([{"input_ids": [5, 6], **labels}], SEQ2SEQ).batches(16)
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_a_row_of_several_sequences_is_refused_with_the_way_out():
+    with pytest.raises(ProbeError, match=r"a row for each sequence: plan = select_ranks\(.*GeLoRACallback\(plan="):
+        choose([{"input_ids": [[5, 6], [7]]}])

@@ -1,45 +1,79 @@
-"""What the README shows is run here, and what it lists is what there is."""
+"""The README and docs/: generated parts are as they are made, links lead somewhere, here and elsewhere."""
 
 import re
-from collections.abc import Callable
+import runpy
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
 
 import gelora_plugins
-from tests.readme_parts import PARTS
-from tests.tiny import build
-from tests.training import ranks_by_block, rows
+from gelora_plugins import GeLoRAConfig
+from tests.readme_parts import PAGES, PARTS, PLACE, ROOT, with_parts
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+for_elsewhere = runpy.run_path(str(ROOT / "setup.py"))["for_elsewhere"]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def relative_links(markdown: str) -> list[str]:
+    return [target for target in LINK.findall(markdown) if ":" not in target and not target.startswith("#")]
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
-def test_parts_made_from_code_and_recorded_results_are_as_they_are_made(part: Callable[[], str]) -> None:
-    made = f"<!-- {part.__name__} -->\n{part()}\n<!-- /{part.__name__} -->"
-    assert README.count(made) == 1, "run python -m tests.readme_parts"
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_python_examples_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    code = blocks("python")[number]
-    args = TrainingArguments("out", max_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True)
-    names = {"model": build("llama"), "args": args, "train_dataset": rows()}
-    exec(compile(code, "README.md", "exec"), names)
-    trained = names["model"]
-    assert ranks_by_block(trained) == list(names["plan"].ranks if "plan" in names else saved_ranks(tmp_path))
+def test_the_defaults_in_the_readme_are_the_defaults() -> None:
+    shown = re.findall(r"^\| `(\w+)` \| (?:`(\w+)` )?\|", README, re.MULTILINE)
+    defaults = {name: "" if value is None else str(value) for name, value in GeLoRAConfig().to_dict().items()}
+    assert len(shown) == 5
+    assert [(name, default) for name, default in shown if defaults[name] != default] == []
 
 
-def saved_ranks(directory: Path) -> list[int]:
-    return list(gelora_plugins.RankPlan.load(directory / "out" / "gelora" / "plan.json").ranks)
+@each_page
+def test_parts_made_from_code_and_recorded_results_are_as_they_are_made(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert with_parts(text) == text, "run python -m tests.readme_parts"
+
+
+def test_every_part_has_a_place() -> None:
+    placed = {place[1] for page in PAGES for place in PLACE.finditer(page.read_text(encoding="utf-8"))}
+    assert placed == PARTS.keys()
+
+
+@each_page
+def test_every_file_that_a_page_links_to_is_there(page: Path) -> None:
+    targets = relative_links(page.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (page.parent / target.split("#")[0]).exists()]
+    assert missing == []
+
+
+def test_links_on_a_package_index_are_whole_addresses() -> None:
+    assert relative_links(README)
+    moved = for_elsewhere(README, "https://forge.example/gelora")
+    assert relative_links(moved) == []
+    assert "](https://forge.example/gelora/blob/HEAD/docs/quickstart.md)" in moved
+    assert "](https://forge.example/gelora/blob/HEAD/docs/measurements.md#settings)" in moved
+    assert "![Intrinsic" in moved
+    assert "](https://forge.example/gelora/raw/HEAD/benchmarks/results/ranks.png)" in moved
+
+
+def test_links_on_a_package_index_are_plain_text_where_the_repository_has_no_address() -> None:
+    moved = for_elsewhere(README, None)
+    assert relative_links(moved) == []
+    assert "![" not in moved
+    assert "The quickstart has the whole report." in moved
+    assert "](https://arxiv.org/abs/2412.09250)" in moved
+
+
+def test_pages_of_the_site_keep_links_to_each_other() -> None:
+    page = "[a](../faq.md#x) [b](../../examples/trainer.py) [c](#here) ![d](../../benchmarks/results/ranks.png)"
+    moved = for_elsewhere(page, "https://forge.example/gelora", "docs/frameworks", "docs")
+    assert moved == (
+        "[a](../faq.md#x) [b](https://forge.example/gelora/blob/HEAD/examples/trainer.py) [c](#here) "
+        "![d](https://forge.example/gelora/raw/HEAD/benchmarks/results/ranks.png)"
+    )
 
 
 def test_every_public_name_can_be_imported() -> None:
@@ -48,13 +82,8 @@ def test_every_public_name_can_be_imported() -> None:
             assert getattr(gelora_plugins, name) is not None
 
 
-def test_every_file_that_the_readme_links_to_is_there() -> None:
-    links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
-    assert links
-    assert [target for target in links if not (ROOT / target).exists()] == []
-
-
-def test_a_lora_config_takes_the_plans_arguments() -> None:
-    plan = gelora_plugins.select_ranks(build("gpt2"), rows(), progress=False)
-    model = get_peft_model(build("gpt2"), LoraConfig(target_modules="all-linear", **plan.lora_config_kwargs()))
-    assert model.peft_config["default"].r == 8
+def test_every_public_name_is_in_the_documentation() -> None:
+    documented = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: gelora_plugins\.(\w+)$", documented, re.MULTILINE)) == sorted(
+        gelora_plugins.__all__
+    )

@@ -281,6 +281,11 @@ def test_what_is_not_json(tmp_path, text):
     assert "is not JSON" in damaged(tmp_path, text)
 
 
+def test_a_file_that_is_too_long_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_BYTES", 1 << 20)
+    assert "has more than 1 MB; expected a record of GeLoRA" in damaged(tmp_path, " " * (1 << 20) + "{}")
+
+
 def test_a_truncated_file_at_every_length(tmp_path):
     text = json.dumps(PLAN.to_dict())
     for length in range(0, len(text), 97):
@@ -315,6 +320,16 @@ def test_a_file_that_is_nested_deeply_where_a_number_belongs(tmp_path):
         (["lora_alpha"], 10**400, "plan.lora_alpha is 10000"),
         (["lora_alpha"], False, "plan.lora_alpha is False; expected float"),
         (["use_rslora"], 1, "plan.use_rslora is 1; expected bool"),
+        (["ranks", 2], 10**400, "The rank of model.layers.2 is 1000"),
+        (
+            ["base_rank"],
+            10**9,
+            "r is 1000000000 and lora_alpha is 16.0; expected positive numbers, r no more",
+        ),
+        (["base_rank"], 10**400, "plan.base_rank is 1000"),
+        (["lora_alpha"], 1e308, "lora_alpha is 1e+308; expected positive numbers"),
+        (["sites", 0, "parameters_per_rank"], 10**400, "site.parameters_per_rank is 1000"),
+        (["sites", 0, "max_rank"], 0, "One rank of model.layers.0"),
         (["policy"], None, "plan.policy is None; expected str"),
         (["sites", 0], "model.layers.0", "site is a str; expected a mapping"),
         (["sites", 0, "name"], "model.layers.9", "The sites model.layers.9 are not blocks"),
@@ -393,7 +408,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(path=st.sampled_from(list(leaves(as_json(PLAN)))), value=values)
 def test_a_plan_with_any_one_value_changed_is_read_as_it_stands_or_refused(path, value):
     data = changed(path, value)
@@ -407,6 +422,9 @@ def test_a_plan_with_any_one_value_changed_is_read_as_it_stands_or_refused(path,
     assert repr(data) == repr(before)  # NaN equals nothing
 
 
+SINCE = {"max_rank", "options", "model_name", "model_fingerprint"}  # keys that plans of earlier versions lack
+
+
 @pytest.mark.parametrize("path", list(mapping_keys(as_json(PLAN))), ids=lambda path: ".".join(map(str, path)))
 def test_a_plan_with_any_one_key_missing_is_refused(path):
     data = as_json(PLAN)
@@ -415,6 +433,9 @@ def test_a_plan_with_any_one_key_missing_is_refused(path):
     for step in way:
         inner = inner[step]
     del inner[last]
+    if last in SINCE:
+        assert RankPlan.from_dict(data) is not None
+        return
     with pytest.raises(PlanError, match=last):
         RankPlan.from_dict(data)
 
@@ -422,7 +443,7 @@ def test_a_plan_with_any_one_key_missing_is_refused(path):
 # --- writing
 
 
-@pytest.mark.parametrize("function", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, error):
     path = tmp_path / "plan.json"
@@ -458,11 +479,13 @@ def test_a_write_replaces_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_a_written_file_has_the_rights_that_the_user_gives_new_files(tmp_path, mask, mode):
-    old = os.umask(mask)
+def test_a_written_file_has_the_rights_that_the_user_gives_new_files(tmp_path, monkeypatch, mask, mode):
+    old, changed = os.umask(mask), []
     try:
-        make_plan().save(tmp_path / "plan.json")
-        assert os.umask(mask) == mask
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", changed.append)  # another thread would make files with the changed one
+            make_plan().save(tmp_path / "plan.json")
     finally:
         os.umask(old)
+    assert changed == []
     assert stat.S_IMODE((tmp_path / "plan.json").stat().st_mode) == mode

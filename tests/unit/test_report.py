@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from gelora_plugins import records, report
 from gelora_plugins.ranks import RankPlan, Site
-from gelora_plugins.report import RankReport, draw, plan_table
+from gelora_plugins.report import RankReport, draw
 from tests.plans import SST2, make_plan
 
 CHANGES = (0.0, 0.04, 0.05, 0.06, 0.5, 1.0)
@@ -29,9 +28,15 @@ def test_the_table_shows_how_sure_each_rank_is():
     assert all(f"{change:.0%}" in str(SURE) for change in CHANGES)
 
 
-def test_names_are_whole_on_a_narrow_terminal(capsys):
-    Console(width=80).print(plan_table(renamed("model.layers.10")))
-    assert "model.layers.10 " in capsys.readouterr().out
+@pytest.mark.parametrize("columns", ["20", "40", "200"])
+def test_names_are_whole_on_a_terminal_of_any_width(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    name = "base_model.model.model.language_model.layers.10"
+    assert f"\n{name} " in str(renamed(name))
+
+
+def test_names_of_fifteen_letters_fit_80_columns():
+    assert max(map(len, str(renamed("model.layers.10")).splitlines())) <= 80
 
 
 def test_the_report_says_what_the_column_means_and_how_many_blocks_are_unsure():
@@ -73,15 +78,17 @@ def test_numbers_of_a_list_are_written_in_one_line(tmp_path):
     assert len((tmp_path / "plan.json").read_text().splitlines()) < 350  # 7 boundaries of 50 replicates each
 
 
-@pytest.mark.parametrize("name", ["a|b", "<img src=x>", "`code`", "a & b", "*a*", "[a](http://x)", "a\\|b", "a\n\nb"])
+@pytest.mark.parametrize(
+    "name", ["a|b", "<img src=x>", "`code`", "a & b", "*a*", "[a](http://x)", "a\\|b", "a\n\nb", "._a_.", "~~a~~"]
+)
 def test_names_stay_names_in_markdown(name):
     plan = renamed(name)
-    html = MarkdownIt("commonmark").enable("table").render(RankReport(plan).to_markdown())
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(RankReport(plan).to_markdown())
     shown = " ".join(name.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     assert f"<td>{shown}</td>" in html
     assert html.count("<tr>") == 7
     assert f"<p>Policy {shown}, estimator" in html
-    assert [tag for tag in ("<img", "<code>", "<a ", "<em>") if tag in html] == []
+    assert [tag for tag in ("<img", "<code>", "<a ", "<em>", "<s>") if tag in html] == []
 
 
 def renamed(name):
@@ -92,8 +99,9 @@ def renamed(name):
     return replace(SURE, sites=sites, policy=name, profile=replace(SURE.profile, layout=layout))
 
 
-def test_a_name_that_looks_like_rich_markup_is_shown_as_it_is():
-    assert "h[red]0" in str(renamed("h[red]0"))
+@pytest.mark.parametrize("name", ["h[red]0", "h:red_heart:0", "h\\[0]"])
+def test_a_name_that_looks_like_rich_markup_is_shown_as_it_is(name):
+    assert f"\n{name} " in str(renamed(name))
 
 
 @pytest.mark.parametrize("plan", [SURE, make_plan(), make_plan(dimensions=(None, *SST2[1:])), renamed("a$b$_^{")])

@@ -1,0 +1,72 @@
+"""What a training says of its ranks, and saves: shown once, written beside the checkpoints, never its end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gelora_plugins.errors import PlanError, WriteError
+from gelora_plugins.ranks import RankPlan
+from gelora_plugins.report import RankReport, show, write_reports
+
+from .checkpoint import PLAN
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from gelora_plugins.adapter import AppliedPlan
+    from gelora_plugins.config import GeLoRAConfig
+
+    from .checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def tell(
+    trainer: Trainer,
+    config: GeLoRAConfig,
+    plan: RankPlan | None,
+    checkpoint: Checkpoint | None,
+    applied: AppliedPlan,
+    trainable: tuple[int, int],
+) -> None:
+    """Show and save what was done.
+
+    Args:
+        plan: where the ranks come from.
+        checkpoint: that training resumes from, which has them.
+        trainable: parameters before and after.
+
+    Raises:
+        WriteError: the report cannot be written, and `config.on_failure` is "raise".
+    """
+    if plan is not None:
+        report = RankReport(plan, *trainable)
+        try:
+            show(report)
+        except (OSError, ValueError) as error:  # standard output is closed, or on a full disk
+            logger.warning("The plan was not shown: %s: %s", type(error).__name__, error)
+        if checkpoint is None or not is_at(Path(trainer.args.output_dir, PLAN), plan):
+            _write(report, Path(trainer.args.output_dir, PLAN.parent), config)
+    for line in applied.notes() if checkpoint is None else checkpoint.lines(applied.ranks, config):
+        logger.warning("%s", line)
+
+
+def is_at(path: Path, plan: RankPlan) -> bool:
+    """Whether the plan is saved there already, as where a run goes on."""
+    try:
+        return RankPlan.load(path) == plan
+    except PlanError:
+        return False
+
+
+def _write(report: RankReport, directory: Path, config: GeLoRAConfig) -> None:
+    """Save the report. The ranks are set by now, so a failure here says nothing of them."""
+    try:
+        write_reports(report, directory)
+    except Exception as error:
+        message = f"The ranks are set, but the report was not written: {error}"
+        if config.on_failure != "keep":
+            raise WriteError(f"{message} Make room in {directory} and train again.") from error
+        logger.warning("%s", message)

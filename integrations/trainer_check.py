@@ -1,0 +1,106 @@
+"""Checks on a Trainer: its optimizer can take other ranks, and trains the adapter that was planned, all of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from gelora_plugins.adapter import has_ranks_of, require_adapter
+from gelora_plugins.errors import PlanError, TooLateError
+from gelora_plugins.plan_check import check_plan
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from gelora_plugins.adapter import Adapter
+
+    from .transformers import RankSelection
+
+WAYS_OUT = (
+    "Make it of all the adapter's parameters (those that are not to be trained: requires_grad_(False)), or pass "
+    "optimizer_cls_and_kwargs=... instead. One Trainer has one optimizer: for another adapter make another Trainer."
+)
+
+
+class TrainingCheck(TrainerCallback):
+    """At the start of training: the adapter has the ranks that were settled, and the optimizer holds all of it.
+
+    Raises:
+        PlanError: the adapter is not the plan's, or not the checkpoint's.
+        TooLateError: the optimizer holds other parameters, which would train nothing without a word.
+    """
+
+    def __init__(self, selection: RankSelection) -> None:
+        self.selection = selection
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called with the optimizer as it will step, after the checkpoint was loaded."""
+        trainer, plan, checkpoint = self.selection.trainer, self.selection.plan, self.selection.checkpoint
+        if (plan is None and checkpoint is None) or is_sharded(trainer):
+            return  # the user's own ranks; or wrapped by now, and checked before
+        if plan is not None:
+            check_plan(trainer.model, plan)
+        elif checkpoint is not None and not has_ranks_of(trainer.model, checkpoint.config):
+            raise PlanError(f"The adapter has other ranks than the checkpoint {checkpoint.path}.")
+        if trainer.optimizer is not None and not trainer.is_deepspeed_enabled:  # which flattens the parameters
+            check_held(trainer.optimizer, require_adapter(trainer.model))
+
+
+def check_unstarted(optimizer: Any, adapter: Adapter) -> None:
+    """Raises TooLateError unless `optimizer` holds all of `adapter` and can take other shapes of it.
+
+    The Parameters stay the same objects when they get other shapes. What an optimizer keeps beside them does not.
+    """
+    check_held(optimizer, adapter)
+    if any(parameter in optimizer.state for _, parameter in _parameters(adapter)):
+        raise TooLateError(
+            "The Trainer was given an optimizer that has begun: it keeps values in the shapes that the adapter's "
+            "matrices have now (Adagrad makes them at once, others in their first step). Pass a fresh one of another "
+            "kind, or optimizer_cls_and_kwargs=... instead of optimizers=..., or choose the ranks before the optimizer "
+            "is made: plan = select_ranks(model, rows); apply_plan(model, plan)."
+        )
+
+
+def check_held(optimizer: Any, adapter: Adapter) -> None:
+    """Raises TooLateError unless every trainable parameter of `adapter` is in `optimizer`."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    # Layer-wise optimizers step in hooks, and the one that the Trainer sees is a dummy (transformers 5.23); torchao's
+    # CPUOffloadOptimizer has copies in its groups.
+    for kept in ("optimizer_dict", "param_d2h_map"):
+        held.update(id(parameter) for parameter in getattr(inner, kept, None) or ())
+    named = _parameters(adapter)
+    missing = [name for name, parameter in named if id(parameter) not in held]
+    if missing:
+        raise TooLateError(
+            f"The optimizer does not hold {len(missing)} of the {len(named)} trainable parameters of the adapter "
+            f"{adapter.name!r}, {missing[0]} for one: they would never be trained. {WAYS_OUT}"
+        )
+
+
+def _parameters(adapter: Adapter) -> list[tuple[str, Any]]:
+    return [
+        (f"{name}.{key}", parameter)
+        for name, layer in adapter.layers.items()
+        for key, parameter in adapter.parameters(layer)
+        if parameter.requires_grad
+    ]
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether parameters are, or will be, spread over processes: in place none of them can be resized."""
+    return bool(trainer.is_fsdp_enabled or is_zero3(trainer) or is_loaded_sharded(trainer))
+
+
+def is_zero3(trainer: Trainer) -> bool:
+    """Whether DeepSpeed ZeRO-3 partitions the parameters, which are empty then."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def is_loaded_sharded(trainer: Trainer) -> bool:
+    """Whether `from_pretrained(distributed_config=...)` sharded the model (transformers 5.20 to 5.23)."""
+    return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))
