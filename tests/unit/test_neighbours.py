@@ -289,12 +289,12 @@ def test_a_group_of_near_repeats_larger_than_the_list_leaves_one():
     assert repeats(points, nearest)[0].nonzero().flatten().tolist() == list(range(11, 70))
 
 
-@pytest.mark.parametrize(("distance", "repeated"), [(0.8e-5, True), (1.2e-5, False)])
-def test_repeats_are_nearer_than_a_hundred_thousandth_of_the_distance_from_the_mean(distance, repeated):
-    points = gaussian(100, 4)
-    from_the_mean = (points - points.mean(dim=0)).square().sum(dim=1).mean().sqrt()
-    near = points[7] + distance * from_the_mean * torch.tensor([0.6, 0.0, -0.8, 0.0])
-    assert repeats(torch.cat([points, near[None]]), nearest)[0].tolist() == [*[False] * 100, repeated]
+@pytest.mark.parametrize(("distance", "repeated"), [(0.95e-5, True), (1.05e-5, False)])
+def test_repeats_are_nearer_than_a_hundred_thousandth_of_the_spread(distance, repeated):
+    points = gaussian(1000, 4) + 100
+    spread = np.quantile(np.linalg.norm(points - np.median(points, axis=0), axis=1), 0.95)
+    near = points[7] + distance * spread * torch.tensor([0.6, 0.0, -0.8, 0.0])
+    assert repeats(torch.cat([points, near[None]]), nearest)[0].tolist() == [*[False] * 1000, repeated]
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
