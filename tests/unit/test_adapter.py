@@ -378,6 +378,27 @@ def test_the_sites_are_the_blocks_at_the_cost_of_what_is_free():
     )
 
 
+def test_the_cost_of_fused_experts_is_that_of_every_expert():
+    kind = KINDS["fused experts, `target_parameters`"]
+    model = get_peft_model(kind.model(), LoraConfig(**{**LORA, **kind.options}))
+    sites = require_adapter(model).sites(layout_of(model))
+    experts = 2 * ((16 + 16) + (8 + 16))  # gate and up of 8 each, and down
+    assert {site.parameters_per_rank for site in sites} == {(16 + 16) + (16 + 8) + experts}
+
+
+def test_the_cost_is_the_same_where_the_matrices_are_elsewhere():
+    model = peft_model()
+    whole = require_adapter(model).sites(layout_of(model))
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.empty(0) if "lora_" in name else parameter.data
+    assert require_adapter(model).sites(layout_of(model)) == whole
+
+
+def test_a_model_that_is_none_of_transformers_is_not_taken_for_a_tensor_parallel_one():
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), LoraConfig(target_modules=["0"]))
+    require_adapter(model).check_fresh()
+
+
 def test_eleven_blocks_are_not_taken_for_one_another():
     model = get_peft_model(build("llama", num_hidden_layers=11), LoraConfig(**{**LORA, "target_modules": ["q_proj"]}))
     apply_plan(model, plan_for(model, *range(1, 12)))

@@ -164,10 +164,9 @@ def test_a_plan_reads_as_its_table():
 
 def test_the_sites_of_a_layout_are_its_blocks_with_targets_at_the_cost_of_these():
     layout = make_profile([1.0, 2.0, 3.0]).layout
-    both = layout_sites(layout, lambda name: True)
-    assert [(site.name, site.parameters_per_rank) for site in both] == [("model.layers.0", 56), ("model.layers.1", 56)]
-    (one,) = layout_sites(layout, lambda name: name == "model.layers.1.up")
-    assert (one.name, one.parameters_per_rank) == ("model.layers.1", 40)
+    both = (Site("model.layers.0", 56, 8), Site("model.layers.1", 56, 8))
+    assert layout_sites(layout, lambda name: True) == both
+    assert layout_sites(layout, lambda name: name == "model.layers.1.up") == (Site("model.layers.1", 40, 8),)
 
 
 def test_parameters_are_counted_by_rank_and_cost():
@@ -248,6 +247,45 @@ def test_a_plan_for_other_sites_says_the_first_difference(sites, difference):
         f"The plan is for another model, or for other target modules: one rank of {difference} in the model. "
         "Make a plan for this model and these target modules."
     )
+
+
+def named(*names):
+    return tuple(Site(name, 56) for name in names)
+
+
+BLOCKS = [f"layers.{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("sites", "whose"),
+    [
+        (named(*(f"encoder.model.{name}" for name in BLOCKS)), "the model's have 'encoder.' before 'model.layers.0'"),
+        (named(*BLOCKS), "the plan's have 'model.' before 'layers.0'"),
+    ],
+)
+def test_a_plan_whose_names_begin_otherwise_says_how(sites, whose):
+    with pytest.raises(PlanError) as caught:
+        make_plan().check_sites(sites)
+    assert str(caught.value) == (
+        "The plan is for another model, or for other target modules: one rank of model.layers.0 costs 56 parameters in "
+        f"the plan and nothing in the model. All that differs is the beginning of the names: {whose}, as when one is "
+        "the other with a head around it. Make a plan for this model and these target modules."
+    )
+
+
+@pytest.mark.parametrize(
+    "sites",
+    [
+        (),
+        named("h.0", "h.1"),
+        named(*(f"encoder.model.{name}" for name in BLOCKS[:5])),
+        named("encoder.model.layers.0", *(f"decoder.model.{name}" for name in BLOCKS[1:])),
+    ],
+)
+def test_a_plan_whose_names_differ_in_more_than_the_beginning_says_nothing_of_it(sites):
+    with pytest.raises(PlanError) as caught:
+        make_plan().check_sites(sites)
+    assert str(caught.value).endswith("nothing in the model. Make a plan for this model and these target modules.")
 
 
 def test_a_rank_beyond_all_rows_and_columns_is_not_taken():
