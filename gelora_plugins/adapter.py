@@ -87,7 +87,7 @@ class Adapter:
             layers = self.free_layers(block.name).values()
             if layers:
                 sides = [min(layer.in_features, layer.out_features) for layer in layers if layer.in_features]
-                sites.append(Site(block.name, sum(map(self._cost, layers)), min(sides, default=None)))
+                sites.append(Site(block.name, sum(map(self._cost, layers)), max(sides, default=None)))
         if not sites:
             if {site.pattern for site in layout_sites(layout, lambda name: True)} & set(self.config.rank_pattern):
                 raise LayoutError(

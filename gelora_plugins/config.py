@@ -138,5 +138,6 @@ class GeLoRAConfig:
         return asdict(self)
 
     def measured(self) -> dict[str, Any]:
-        """All options that a measurement and its plan follow, for their record."""
-        return {name: value for name, value in self.to_dict().items() if name not in ("plan", "on_failure")}
+        """The options that the ranks follow, for the record: all but those on how, and whether, to get at them."""
+        how = ("plan", "on_failure", "probe_batch_size", "feature_storage")
+        return {name: value for name, value in self.to_dict().items() if name not in how}

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from gelora_plugins import records
@@ -100,7 +100,7 @@ class DimensionProfile:
         standardise: whether each coordinate was divided by its standard deviation.
         target_std_error: the standard error that every growth was to be known to, or None where documents were not
             read in growing numbers.
-        options: all options of the measurement by name; None in profiles that were written before these were recorded.
+        options: those that the measurement followed, by name; None in profiles from before they were recorded.
         model_name: what the model was loaded as, or None where that is not known.
         model_fingerprint: see `provenance.model_fingerprint`; None where there is none.
     """
@@ -217,7 +217,7 @@ class DimensionProfile:
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Inverse of `to_dict`. Raises PlanError when a value is missing, of the wrong type or out of range."""
-        get = records.reader(data, "profile", kind="dimension_profile")
+        get = records.reader(data, "profile", kind="dimension_profile", keys=[field.name for field in fields(cls)])
         return cls(
             layout=ModelLayout.from_dict(get("layout", dict)),
             estimates=tuple(DimensionEstimate.from_dict(e) for e in get("estimates", list)),

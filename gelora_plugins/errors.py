@@ -1,8 +1,5 @@
 """Every error of GeLoRA: what was found, what was expected, what to do about it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class GeLoRAError(Exception):
     """Base class; catch it to catch every error that GeLoRA raises on purpose."""
@@ -22,27 +19,6 @@ class LayoutError(GeLoRAError):
 
 class ProbeError(GeLoRAError):
     """The training data or the forward pass gives nothing to measure."""
-
-
-@contextmanager
-def blaming(what: str, advice: str) -> Iterator[None]:
-    """Whatever the user's model or data raise inside becomes a ProbeError that says `what` failed, with its cause.
-
-    Errors of GeLoRA stay as they are, and so does memory that ran out: whoever called may do with less.
-
-    Raises:
-        ProbeError: something failed; `advice` is its last sentence.
-    """
-    try:
-        yield
-    except GeLoRAError:
-        raise
-    except Exception as error:
-        from accelerate.utils.memory import should_reduce_batch_size  # loads torch
-
-        if should_reduce_batch_size(error):
-            raise
-        raise ProbeError(f"{what} failed: {type(error).__name__}: {str(error).rstrip('.')}. {advice}") from error
 
 
 class DimensionError(GeLoRAError):

@@ -14,15 +14,15 @@ from gelora_plugins.adapter import find_adapter
 from gelora_plugins.boundaries import estimate_dimensions
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
-from gelora_plugins.errors import DimensionError, blaming
+from gelora_plugins.errors import DimensionError
 from gelora_plugins.features import Autocast, leaving_no_trace, read_documents
 from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import ModelLayout, unwrap
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions, make_plan
 from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
-from gelora_plugins.processes import ALONE, Processes
-from gelora_plugins.provenance import model_fingerprint, model_name, other_model
+from gelora_plugins.processes import ALONE, Processes, blaming
+from gelora_plugins.provenance import origin, other_model
 from gelora_plugins.ranks import RankPlan, Site
 from gelora_plugins.rehearsal import config_sites
 from gelora_plugins.storage import FeatureStore
@@ -135,12 +135,7 @@ def measure(
         layout = layout or find_layout(model)
         probe_set = _choose(model, layout, dataset, config, collator) if processes.index == 0 else NO_DOCUMENTS
     counts = processes.decide(lambda: _growing(probe_set.num_documents, config))
-    origin = {
-        "layout": layout,
-        "model_name": model_name(model),
-        "model_fingerprint": model_fingerprint(model, layout),
-        "options": config.measured(),
-    }
+    known = {**origin(model, layout), "options": config.measured()}
     num_tokens = 0
     with FeatureStore(config.feature_storage, counts[-1]) as store:
         for stop in counts:
@@ -156,7 +151,7 @@ def measure(
                 progress=progress,
                 autocast=autocast,
             )
-            facts = {**origin, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
+            facts = {**known, "num_tokens": num_tokens, "seconds": time.perf_counter() - started}
             profile = processes.decide(partial(_profile, store, probe_set, config, facts))
             if profile is not None and _is_known(profile):
                 break

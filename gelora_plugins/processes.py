@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
-from gelora_plugins.errors import ProbeError
+from gelora_plugins.errors import GeLoRAError, ProbeError
 
 T = TypeVar("T")
 
@@ -92,3 +92,22 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+@contextmanager
+def blaming(what: str, advice: str) -> Iterator[None]:
+    """Whatever the user's model or data raise inside becomes a ProbeError that says `what` failed, with its cause.
+
+    Errors of GeLoRA stay as they are, and so does memory that ran out: whoever called may do with less.
+
+    Raises:
+        ProbeError: something failed; `advice` is its last sentence.
+    """
+    try:
+        yield
+    except GeLoRAError:
+        raise
+    except Exception as error:
+        if should_reduce_batch_size(error):
+            raise
+        raise ProbeError(f"{what} failed: {type(error).__name__}: {str(error).rstrip('.')}. {advice}") from error

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 SAMPLE = 64  # weights of a block
 
 
+def origin(model: nn.Module, layout: ModelLayout) -> dict[str, Any]:
+    """What a profile says of the model that it is measured on."""
+    return {
+        "layout": layout,
+        "model_name": model_name(model),
+        "model_fingerprint": model_fingerprint(model, layout),
+    }
+
+
 def model_name(model: nn.Module) -> str | None:
     """What the model was loaded as: its id on the hub, or the last part of a path. None for one made from scratch."""
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from gelora_plugins import records
@@ -21,8 +21,8 @@ class Site:
 
     Attributes:
         parameters_per_rank: what one more rank costs there: the sum of inputs and outputs of the target modules.
-        max_rank: the shortest side of any of them: no matrix holds a higher rank. None in plans that were written
-            before this was recorded.
+        max_rank: the highest rank that the update of any of them can have, which is its shorter side; a small gate
+            among them does not bound the others. None in plans that were written before this was recorded.
     """
 
     name: str
@@ -46,9 +46,8 @@ def layout_sites(layout: ModelLayout, is_target: Callable[[str], bool]) -> tuple
         targets = [linear for linear in block.linears if is_target(linear.name)]
         if targets:
             cost = sum(linear.in_features + linear.out_features for linear in targets)
-            sites.append(
-                Site(block.name, cost, min(min(linear.in_features, linear.out_features) for linear in targets))
-            )
+            most = max(min(linear.in_features, linear.out_features) for linear in targets)
+            sites.append(Site(block.name, cost, most))
     return tuple(sites)
 
 
@@ -234,7 +233,7 @@ class RankPlan:
 
 
 def _site_from_dict(data: Mapping[str, Any]) -> Site:
-    get = records.reader(data, "site")
+    get = records.reader(data, "site", keys=[field.name for field in fields(Site)])
     return Site(get("name", str), get("parameters_per_rank", int), get("max_rank", int, null=True, since=True))
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def reader(data: Any, where: str, kind: str | None = None) -> Callable[..., Any]:
+def reader(data: Any, where: str, kind: str | None = None, keys: Sequence[str] | None = None) -> Callable[..., Any]:
     """A function `get(key, type, null=False, since=False)` that reads `data[key]` and checks its type.
 
     `null` allows None; `since` says that earlier versions did not write the key, and gives None where it is missing.
-    Every other key must be there, because every record is written with all of them. Numbers must be finite and, for
+    Every other key must be there, because every record is written with all of them, and with `keys`, which a record
+    that has such a key needs, no key but these: a misspelt one would read as missing. Numbers must be finite and, for
     int, from 0 to MAX_INT: no record of GeLoRA holds others.
 
     Raises:
-        PlanError: `data` is not a mapping, has another `kind` or an unknown schema; or, from `get`, a missing
-            key or a value of another type.
+        PlanError: `data` is not a mapping, has another `kind`, an unknown schema or an unknown key; or, from `get`, a
+            missing key or a value of another type.
     """
     if not isinstance(data, dict):
         raise PlanError(f"{where} is a {type(data).__name__}; expected a mapping.")
@@ -41,6 +42,14 @@ def reader(data: Any, where: str, kind: str | None = None) -> Callable[..., Any]
             raise PlanError(
                 f"{where} has schema {data.get('schema')!r}; this version of gelora reads schema {SCHEMA}. "
                 "Make it again with this version, or install the version that wrote it."
+            )
+
+    known = set(data) if keys is None else {*keys, "schema", "kind"}
+    for key in data:
+        if key not in known:
+            raise PlanError(
+                f"{where}.{key} is not a key that this version of gelora knows. Make it again with this version, or "
+                "install the version that wrote it."
             )
 
     def get(key: str, type_: type, null: bool = False, since: bool = False) -> Any:

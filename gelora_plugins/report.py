@@ -148,7 +148,7 @@ def _fullness(plan: RankPlan) -> list[str]:
     full = plan.full_sites()
     if not full:
         return []
-    line = f"{len(full)} of {len(plan.sites)} blocks have the largest rank that every matrix in them can hold."
+    line = f"{len(full)} of {len(plan.sites)} blocks have the largest rank that a matrix in them can use."
     left = plan.num_base_parameters - plan.num_parameters
     if plan.policy == "budget" and left >= max(site.parameters_per_rank for site in plan.sites):
         line += f" {left:,} parameters of the budget could not be spent."

@@ -24,6 +24,7 @@ from gelora_plugins.layout import unwrap
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import check_dimensions
 from gelora_plugins.probe_set import Collator, choose_documents
+from gelora_plugins.provenance import origin
 from gelora_plugins.ranks import Site, layout_sites
 from gelora_plugins.storage import FeatureStore
 from gelora_plugins.text import printable
@@ -184,13 +185,13 @@ def measure_sensitivity(
         num_tokens = read_documents(model, layout, probe_set, poolings, points, config, progress=progress)
 
         facts = {
-            "layout": layout,
+            **origin(model, layout),
             "seed": config.probe_seed,
             "num_repeated_inputs": probe_set.num_repeats,
             "num_tokens": num_tokens,
             "data_fingerprint": probe_set.fingerprint(),
         }
-        measured = partial(_profile, points, poolings, started, facts)
+        measured = partial(_profile, config, points, poolings, started, facts)
         profile = measured(chosen)
         outcomes = [_outcome(chosen, profile, profile, sites, base_rank)]
         for setting in tqdm(others, desc="GeLoRA settings", unit="setting", disable=not progress):
@@ -268,9 +269,15 @@ class _Points(Sequence[Tensor]):
 
 
 def _profile(
-    points: FeatureStore, poolings: _Poolings, started: float, facts: dict[str, Any], setting: Setting
+    config: GeLoRAConfig,
+    points: FeatureStore,
+    poolings: _Poolings,
+    started: float,
+    facts: dict[str, Any],
+    setting: Setting,
 ) -> DimensionProfile:
     """The profile in one setting; `facts` are what all settings share, `started` is when the first began."""
+    how = {"estimator": setting.estimator, "pooling": setting.pooling, "standardise": setting.standardise}
     rows = _rows(points.num_filled, setting, facts["seed"])
     estimates, num_repeated_points = estimate_dimensions(
         _Points(points, poolings, setting.pooling, rows),
@@ -280,12 +287,11 @@ def _profile(
     )
     profile = DimensionProfile(
         estimates=estimates,
-        estimator=setting.estimator,
-        pooling=setting.pooling,
         num_documents=len(rows),
         num_repeated_points=num_repeated_points,
         seconds=time.perf_counter() - started,
-        standardise=setting.standardise,
+        options=replace(config, **how, rounding=setting.rounding).measured(),
+        **how,
         **facts,
     )
     check_dimensions(profile)

@@ -29,13 +29,13 @@ from gelora_plugins.adapter import (
     require_adapter,
 )
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError, blaming
+from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError
 from gelora_plugins.lora_config import check_initialisation, without_plan
 from gelora_plugins.pipeline import select_ranks
 from gelora_plugins.plan_check import check_plan, with_plan
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.policies import make_plan
-from gelora_plugins.processes import ALONE, Processes
+from gelora_plugins.processes import ALONE, Processes, blaming
 from gelora_plugins.provenance import other_model
 from gelora_plugins.ranks import RankPlan
 
@@ -164,7 +164,8 @@ class RankSelection:
         """Whether the model that the trainer has now, with the adapter it has now, is one whose ranks were settled."""
         if self._settled is None or self.trainer.model is None:
             return False
-        model: nn.Module = extract_model_from_parallel(self.trainer.model)  # FSDP puts its wrapper there (transformers 5.23)
+        # FSDP puts its wrapper there (transformers 5.23).
+        model: nn.Module = extract_model_from_parallel(self.trainer.model)
         return self._settled() is model and self._adapter == _adapter_name(model)
 
     def _is_built(self, model: nn.Module) -> bool:
@@ -378,8 +379,8 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _adapter_name(model: nn.Module) -> str | None:
-    adapter = find_adapter(model)
+def _adapter_name(model: nn.Module | None) -> str | None:
+    adapter = None if model is None else find_adapter(model)
     return None if adapter is None else adapter.name
 
 

@@ -123,6 +123,6 @@ def test_a_refused_plan_leaves_an_adapter_that_can_be_given_a_right_one(tmp_path
 def test_a_rank_that_no_matrix_has_is_refused_before_memory_is_asked_for(plan: RankPlan, rank: int) -> None:
     model = peft_model()
     fresh = state_of(model)
-    with pytest.raises(PlanError, match=rf"The rank of model\.layers\.0 is {rank}"):
+    with pytest.raises(PlanError, match=rf"The rank of model\.layers\.0 is {str(rank)[:80]}"):
         apply_plan(model, replace(plan, ranks=(rank, *plan.ranks[1:])))
     assert state_of(model) == fresh

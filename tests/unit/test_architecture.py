@@ -26,7 +26,7 @@ LAYERS = [
     {"builtin", "dimension", "inputs", "plugins", "resampling"},
     {"estimators", "features", "ranks"},
     {"lora_config"},
-    {"adapter", "boundaries", "policies", "report"},
+    {"adapter", "boundaries", "policies", "provenance", "report"},
     {"rehearsal"},
     {"plan_check"},
     {"pipeline"},

@@ -366,7 +366,7 @@ def test_nothing_stays_when_the_pooling_fails_in_the_middle():
             raise RuntimeError("in the middle")
         return drawing(hidden, mask)
 
-    with pytest.raises(RuntimeError, match="in the middle"):
+    with pytest.raises(ProbeError, match="in the middle"):
         features_of(model, random_rows(), failing)
     assert trace(model) == before
 

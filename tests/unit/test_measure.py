@@ -79,7 +79,7 @@ def test_one_document_that_does_not_fit_is_an_error_that_says_what_to_do():
 
 def test_another_error_is_not_taken_for_one_of_memory():
     model, sizes = limited(RuntimeError("shapes do not match"), most=5)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
+    with pytest.raises(ProbeError, match="RuntimeError: shapes do not match"):
         profile_of(model, rows(90), probe_batch_size=16)
     assert sizes == [16]
 

@@ -185,7 +185,7 @@ def test_what_no_matrix_can_hold_is_not_spent_and_the_report_says_so():
     plan = make_plan(profile, GeLoRAConfig(policy="budget"), sites, 4, lora_alpha=16)
     assert plan.ranks[0] == 5
     assert max(plan.ranks[1:]) == 4
-    said = "1 of 6 blocks have the largest rank that every matrix in them can hold."
+    said = "1 of 6 blocks have the largest rank that a matrix in them can use."
     assert said in RankReport(plan).lines()
     nowhere = replace(plan, ranks=(5, 1, 1, 1, 1, 1))
     assert f"{said} 784 parameters of the budget could not be spent." in RankReport(nowhere).lines()
