@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from gelora_plugins.adapter import (
 )
 from gelora_plugins.errors import ApplyError, LayoutError, PlanError
 from gelora_plugins.layout import find_transformers_layout
+from gelora_plugins.ranks import layout_sites
 from tests.kinds import KINDS
 from tests.plans import make_plan, make_profile
 from tests.tiny import build
@@ -378,6 +380,39 @@ def test_the_sites_are_the_blocks_at_the_cost_of_what_is_free():
     )
 
 
+def test_the_sites_are_those_of_the_layout_where_every_linear_map_is_adapted():
+    model = peft_model()
+    assert require_adapter(model).sites(layout_of(model)) == layout_sites(layout_of(model), lambda name: True)
+    (site, *_) = require_adapter(peft_model(target_modules=["k_proj"])).sites(layout_of(model))
+    assert site.max_rank == 8
+
+
+def test_a_site_has_no_largest_rank_where_no_layer_says_its_sides():
+    model = peft_model()
+    for layer in layers(model).values():
+        layer.in_features = 0
+    assert {site.max_rank for site in require_adapter(model).sites(layout_of(model))} == {None}
+
+
+def test_an_adapter_made_with_the_ranks_of_a_plan_has_nothing_left_to_choose():
+    plan = plan_for(peft_model(), 2, 6, 7)
+    model = get_peft_model(build("llama"), LoraConfig(**plan.lora_config_kwargs(), target_modules="all-linear"))
+    with pytest.raises(LayoutError) as caught:
+        require_adapter(model).sites(layout_of(model))
+    assert str(caught.value) == (
+        "The adapter was made with the ranks of a plan (rank_pattern names whole blocks), and none of its 21 target "
+        "modules is left to choose a rank for. Train it as it is, with GeLoRACallback(plan=...) to check it, or make "
+        "the adapter without the plan's patterns."
+    )
+
+
+def test_the_parameters_of_an_adapter_are_not_those_of_the_layer_below_it():
+    model = get_peft_model(build("llama"), LoraConfig(**LORA), adapter_name="weight")
+    adapter = require_adapter(model)
+    for layer in adapter.layers.values():
+        assert [key for key, _ in adapter.parameters(layer)] == ["lora_A.weight.weight", "lora_B.weight.weight"]
+
+
 def test_the_cost_of_fused_experts_is_that_of_every_expert():
     kind = KINDS["fused experts, `target_parameters`"]
     model = get_peft_model(kind.model(), LoraConfig(**{**LORA, **kind.options}))
@@ -420,6 +455,10 @@ def test_an_option_that_cannot_be_run_again_is_refused(option):
     model = peft_model()
     setattr(model.peft_config["default"], option, True)
     assert refusal(model) == f"{option} cannot be run again on an adapter that exists. {CONFIG_ROUTE}"
+
+
+def test_a_peft_without_the_options_that_cannot_be_run_again_has_them_off():
+    replace(require_adapter(peft_model()), config=SimpleNamespace(init_lora_weights=True)).check_fresh()
 
 
 def test_invocation_tokens_outside_a_peft_model_are_refused():
