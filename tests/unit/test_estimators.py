@@ -222,6 +222,14 @@ def test_few_points_have_no_standard_error(estimator):
     assert len(estimator(gaussian(50, 3)).replicates) == 100
 
 
+@every_estimator
+def test_the_estimate_does_not_depend_on_the_callers_default_device(estimator):
+    points = gaussian(100, 4)
+    with torch.device("meta"):
+        estimate = estimator(points)
+    assert estimate == estimator(points)
+
+
 # --- what cannot be estimated
 
 

@@ -194,6 +194,16 @@ def test_the_distances_do_not_depend_on_the_callers_settings(setting):
     np.testing.assert_allclose(distances.numpy(), brute_force(points), rtol=1e-12)
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_repeats_do_not_depend_on_the_callers_settings(setting):
+    points = gaussian(50, 8).float()
+    points[40:45], points[45:] = points[:5], points[5:10] * (1 + 1e-7)
+    with SETTINGS[setting]():
+        repeated, found = repeats(points, nearest)
+    assert repeated.nonzero().flatten().tolist() == list(range(40, 50))
+    assert torch.equal(found.distances, nearest(points[:40]).distances)
+
+
 def test_the_distances_do_not_depend_on_the_default_dtype():
     points = gaussian(100, 10).float()
     torch.set_default_dtype(torch.bfloat16)
@@ -297,11 +307,12 @@ def test_repeats_are_nearer_than_a_hundred_thousandth_of_the_spread(distance, re
     assert repeats(torch.cat([points, near[None]]), nearest)[0].tolist() == [*[False] * 1000, repeated]
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_repeats_do_not_depend_on_the_unit_of_the_points(scale):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_repeats_do_not_depend_on_the_unit_and_the_dtype_of_the_points(scale, dtype):
     points = gaussian(100, 8)
     points[60:70] = points[:10] * (1 + 1e-7)
-    assert repeats(points * scale, nearest)[0].nonzero().flatten().tolist() == list(range(60, 70))
+    assert repeats((points * scale).to(dtype), nearest)[0].nonzero().flatten().tolist() == list(range(60, 70))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 5000.0])
