@@ -338,16 +338,17 @@ def _update_layer(adapter: Adapter, layer: Any, rank: int, alpha: float, config:
 
     The old Parameters stay, with the new values: an optimizer, or groups of parameters, may hold them already.
     """
-    old = dict(adapter.parameters(layer))
+    # PEFT casts and moves the old magnitude of DoRA, before it makes a new one.
+    old = {key: (parameter, parameter.device, parameter.dtype) for key, parameter in adapter.parameters(layer)}
     others = [(p, p.requires_grad) for key, p in layer.named_parameters() if key not in old]
     modes = {module: module.training for module in layer.modules()}
     layer.update_layer(adapter.name, r=rank, lora_alpha=alpha, config=config)
     for module in layer.modules():
         module.training = modes.get(module, layer.training)
     for key, made in list(adapter.parameters(layer)):
-        parameter = old[key]
+        parameter, device, dtype = old[key]
         parameter.grad = None  # of the old shape
-        parameter.data = made.data.to(parameter.device, parameter.dtype)
+        parameter.data = made.data.to(device, dtype)
         owner, _, leaf = key.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, parameter)
     for parameter, requires_grad in others:

@@ -241,7 +241,7 @@ def _other_prefix(mine: Sequence[str], theirs: Sequence[str]) -> str:
     """What to say where the blocks of a plan and of a model differ in how their names begin, and in nothing else."""
     for longer, shorter, whose in ((theirs, mine, "the model's"), (mine, theirs, "the plan's")):
         prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
-        if prefix and prefix != longer[0] and list(longer) == [prefix + name for name in shorter]:
+        if prefix and list(longer) == [prefix + name for name in shorter]:
             return (
                 f" All that differs is the beginning of the names: {whose} have {prefix!r} before {shorter[0]!r}, as "
                 "when one is the other with a head around it."

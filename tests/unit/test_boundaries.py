@@ -80,6 +80,15 @@ def test_a_boundary_where_most_points_coincide_has_no_dimension_and_drops_nothin
     assert estimates[1] == twonn(points)
 
 
+@pytest.mark.parametrize(("distinct", "has_one"), [(99, False), (100, True), (150, True)])
+def test_a_boundary_has_a_dimension_from_half_of_its_points_on(distinct, has_one):
+    points = gaussian(200, 3)
+    points[distinct:] = points[0]
+    (found,), dropped = estimate_dimensions((points,), plain)
+    assert (found.value is not None) == has_one
+    assert (found.num_points, dropped) == (distinct, 200 - distinct if has_one else 0)
+
+
 def test_too_few_documents_with_points_of_their_own_are_an_error():
     first, second = gaussian(100, 3), gaussian(100, 4)
     first[:30] = first[30:60]
@@ -225,6 +234,14 @@ def test_a_rogue_coordinate_is_named():
     (found,), _ = estimate_dimensions((points,), twonn)
     assert found.warning.startswith("feature 0 alone holds more than half of the variance")
     assert "standardise: true" in found.warning
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.49, False), (0.51, True)])
+def test_a_coordinate_is_rogue_from_half_of_the_variance_on(share, warned):
+    points = standardised(gaussian(200, 5))
+    points[:, 3] *= (4 * share / (1 - share)) ** 0.5  # the other four have a variance of 1 each
+    (found,), _ = estimate_dimensions((points,), plain)
+    assert found.warning.startswith("feature 3 alone") == bool(found.warning) == warned
 
 
 @pytest.mark.parametrize("estimator", [twonn, twonn_mle, gride, mle], ids=ESTIMATORS)

@@ -201,6 +201,12 @@ def test_the_standard_error_and_the_interval_follow_from_the_halves(estimator):
     assert estimate.interval == pytest.approx((estimate.value / factor, estimate.value * factor))
 
 
+def test_the_variance_among_halves_is_that_of_independent_spacings():
+    # On all points E_1, with a variance of 1; on a half, in the mean over halves, the sum of 2^-j E_j.
+    of_the_mean = sum(4.0**-j for j in range(1, 50))
+    assert pytest.approx(1 / (2 - of_the_mean)) == VARIANCE_FACTOR
+
+
 @every_estimator
 def test_the_standard_error_is_the_spread_over_other_points(estimator):
     # 60 sets know the spread to 9 % (one standard error); benchmarks/estimators.py measures this on more.
@@ -214,6 +220,14 @@ def test_few_points_have_no_standard_error(estimator):
     assert estimator(gaussian(49, 3)).std_error is None
     assert estimator(gaussian(49, 3)).replicates == ()
     assert len(estimator(gaussian(50, 3)).replicates) == 100
+
+
+@every_estimator
+def test_the_estimate_does_not_depend_on_the_callers_default_device(estimator):
+    points = gaussian(100, 4)
+    with torch.device("meta"):
+        estimate = estimator(points)
+    assert estimate == estimator(points)
 
 
 # --- what cannot be estimated

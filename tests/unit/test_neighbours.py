@@ -194,6 +194,16 @@ def test_the_distances_do_not_depend_on_the_callers_settings(setting):
     np.testing.assert_allclose(distances.numpy(), brute_force(points), rtol=1e-12)
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_repeats_do_not_depend_on_the_callers_settings(setting):
+    points = gaussian(50, 8).float()
+    points[40:45], points[45:] = points[:5], points[5:10] * (1 + 1e-7)
+    with SETTINGS[setting]():
+        repeated, found = repeats(points, nearest)
+    assert repeated.nonzero().flatten().tolist() == list(range(40, 50))
+    assert torch.equal(found.distances, nearest(points[:40]).distances)
+
+
 def test_the_distances_do_not_depend_on_the_default_dtype():
     points = gaussian(100, 10).float()
     torch.set_default_dtype(torch.bfloat16)
@@ -222,6 +232,16 @@ def test_a_lower_precision_of_products_is_off_during_the_search_and_restored(mon
         torch.set_float32_matmul_precision("highest")
     assert before[0] == "medium"
     assert seen == [["ieee", "ieee"]]
+
+
+def test_before_torch_2_9_the_one_setting_for_all_backends_is_used(monkeypatch):
+    for name in ("cuda", "mkldnn"):
+        monkeypatch.setattr(getattr(torch.backends, name), "matmul", object())
+    setting = ["medium"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", setting.append)
+    neighbour_distances(gaussian(100, 10).float())
+    assert setting == ["medium", "highest", "medium"]
 
 
 def test_the_precision_of_products_is_restored_after_an_error(monkeypatch):
@@ -279,11 +299,20 @@ def test_a_group_of_near_repeats_larger_than_the_list_leaves_one():
     assert repeats(points, nearest)[0].nonzero().flatten().tolist() == list(range(11, 70))
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_repeats_do_not_depend_on_the_unit_of_the_points(scale):
+@pytest.mark.parametrize(("distance", "repeated"), [(0.95e-5, True), (1.05e-5, False)])
+def test_repeats_are_nearer_than_a_hundred_thousandth_of_the_spread(distance, repeated):
+    points = gaussian(1000, 4) + 100
+    spread = np.quantile(np.linalg.norm(points - np.median(points, axis=0), axis=1), 0.95)
+    near = points[7] + distance * spread * torch.tensor([0.6, 0.0, -0.8, 0.0])
+    assert repeats(torch.cat([points, near[None]]), nearest)[0].tolist() == [*[False] * 1000, repeated]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_repeats_do_not_depend_on_the_unit_and_the_dtype_of_the_points(scale, dtype):
     points = gaussian(100, 8)
     points[60:70] = points[:10] * (1 + 1e-7)
-    assert repeats(points * scale, nearest)[0].nonzero().flatten().tolist() == list(range(60, 70))
+    assert repeats((points * scale).to(dtype), nearest)[0].nonzero().flatten().tolist() == list(range(60, 70))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 5000.0])
@@ -317,3 +346,19 @@ def test_equal_points_cost_no_search():
 
 def test_one_point_has_no_repeats():
     assert repeats(torch.ones(1, 3), nearest)[0].tolist() == [False]
+
+
+@pytest.mark.parametrize(("options", "enough"), [({}, 2), ({"least": 5}, 5)])
+def test_fewer_points_than_asked_for_are_not_searched(options, enough):
+    repeated, found = repeats(gaussian(enough, 3), nearest, **options)
+    assert found is not None
+    assert not repeated.any()
+    repeated, found = repeats(gaussian(enough, 3)[1:], nearest, **options)
+    assert found is None
+    assert not repeated.any()
+
+
+def test_points_without_equal_rows_are_searched_as_they_are():
+    points, searched = gaussian(20, 3), []
+    repeats(points, lambda some: searched.append(some) or nearest(some))
+    assert searched[0] is points, "a copy of the points of a large model is large"

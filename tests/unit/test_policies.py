@@ -271,9 +271,9 @@ def plan_of(policy_name, base_rank=8, **options):
     return make_plan(profile, GeLoRAConfig(policy=policy_name), make_sites(profile), base_rank, lora_alpha=16)
 
 
-@pytest.mark.parametrize("ranks", [[4, 1, 2, 3, 5, 6], (4, 1, 2, 3, 5, 6), iter([4, 1, 2, 3, 5, 6])])
-def test_a_plugins_policy_is_used(policy, ranks):
-    policy(ranks)
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_a_plugins_policy_is_used(policy, kind):
+    policy(kind([4, 1, 2, 3, 5, 6]))
     plan = plan_of("strange")
     assert plan.ranks == (4, 1, 2, 3, 5, 6)
     assert plan.policy == "strange"
@@ -311,9 +311,15 @@ def test_a_policy_that_does_not_exist_is_an_error_that_lists_those_that_do():
 def test_the_built_in_policies_make_plans_that_say_where_they_come_from(name):
     plan = plan_of(name, base_rank=4)
     assert (plan.policy, plan.rounding, plan.base_rank, plan.lora_alpha) == (name, "nearest", 4, 16)
+    assert plan.use_rslora is False
     assert plan.profile == make_profile(SST2)
     # budget: 24 ranks over needs of 3.2 1.6 1 1.4 2.3 1 are 7.31 3.66 2.29 3.2 5.26 2.29.
     assert plan.ranks == {"gelora": (3, 2, 1, 1, 2, 1), "budget": (8, 4, 2, 3, 5, 2), "uniform": (4,) * 6}[name]
+
+
+def test_a_plan_for_a_rank_stabilised_adapter_says_so():
+    profile = make_profile(SST2)
+    assert make_plan(profile, CONFIG, make_sites(profile), 8, lora_alpha=16, use_rslora=True).use_rslora is True
 
 
 # --- ranks on redraws of the profile

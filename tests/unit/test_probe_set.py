@@ -179,6 +179,12 @@ def test_the_search_for_distinct_rows_is_bounded():
     assert dataset.reads == 3 * ROWS_PER_DOCUMENT
 
 
+@pytest.mark.parametrize("kind", [list, iter], ids=["list", "stream"])
+def test_as_many_documents_as_wanted_are_found_where_only_every_tenth_row_is_new(kind):
+    rows = [{"input_ids": [i if i % 10 == 9 else 0]} for i in range(200)]
+    assert choose(kind(rows), probe_samples=20).num_documents == 20
+
+
 def test_long_documents_are_cut():
     rows = [{"input_ids": list(range(length))} for length in (3, 5, 8)]
     assert documents(choose(rows, probe_max_length=5)) == [list(range(5)), list(range(3))]

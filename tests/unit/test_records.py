@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from gelora_plugins import records
 from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
 from gelora_plugins.errors import GeLoRAError, PlanError
-from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.ranks import RankPlan, Site, layout_sites
 from tests.plans import SST2, make_plan, make_profile, make_sites
 
 PLAN = make_plan(dimensions=(None, *SST2[1:]), replicates=2, rank_changes=(0.0, 0.5, 1.0, 0.25, 0.0, 1.0))
@@ -123,9 +123,50 @@ def test_alpha_is_an_int_wherever_it_is_whole():
 
 
 def test_the_arguments_for_peft_keep_the_users_own_values():
-    arguments = make_plan(base_rank=25, lora_alpha=50, use_rslora=True).lora_config_kwargs()
-    assert (arguments["r"], arguments["lora_alpha"], arguments["use_rslora"]) == (25, 50, True)
+    plan = make_plan(base_rank=25, lora_alpha=50, use_rslora=True)
+    arguments = plan.lora_config_kwargs()
+    assert arguments == {
+        "r": 25,
+        "lora_alpha": 50,
+        "use_rslora": True,
+        "rank_pattern": plan.rank_pattern(),
+        "alpha_pattern": plan.alpha_pattern(),
+    }
     assert isinstance(arguments["lora_alpha"], int)
+
+
+@pytest.mark.parametrize(
+    ("r", "lora_alpha", "use_rslora", "scaling"),
+    [(8, 32, False, "4"), (4, 16, False, "4"), (8, 16.0001, False, "2.00001"), (64, 16, True, "2")],
+)
+def test_a_configuration_with_another_scaling_is_told_both(r, lora_alpha, use_rslora, scaling):
+    with pytest.raises(PlanError) as caught:
+        make_plan().check_scaling(r, lora_alpha, use_rslora)
+    assert str(caught.value) == (
+        "The plan keeps the scaling 2 (r 8, lora_alpha 16, use_rslora False), and the LoRA configuration has "
+        f"{scaling} (r {r}, lora_alpha {lora_alpha:g}, use_rslora {use_rslora}). Make the plan again with the "
+        "configuration's values."
+    )
+
+
+def test_a_configuration_with_the_same_scaling_may_have_another_r():
+    make_plan().check_scaling(4, 8, False)
+    make_plan().check_scaling(8, 16 * (1 + 1e-12), False)  # as far as rounding goes
+    make_plan(use_rslora=True).check_scaling(2, 8, True)
+    with pytest.raises(PlanError, match="has 1 "):
+        make_plan(use_rslora=True).check_scaling(64, 8, True)
+
+
+def test_a_plan_reads_as_its_table():
+    plan = make_plan()
+    assert all(site.name in str(plan) for site in plan.sites)
+
+
+def test_the_sites_of_a_layout_are_its_blocks_with_targets_at_the_cost_of_these():
+    layout = make_profile([1.0, 2.0, 3.0]).layout
+    both = (Site("model.layers.0", 56, 8), Site("model.layers.1", 56, 8))
+    assert layout_sites(layout, lambda name: True) == both
+    assert layout_sites(layout, lambda name: name == "model.layers.1.up") == (Site("model.layers.1", 40, 8),)
 
 
 def test_parameters_are_counted_by_rank_and_cost():
@@ -205,6 +246,58 @@ def test_a_plan_for_other_sites_says_the_first_difference(sites, difference):
     assert str(caught.value) == (
         f"The plan is for another model, or for other target modules: one rank of {difference} in the model. "
         "Make a plan for this model and these target modules."
+    )
+
+
+def named(*names):
+    return tuple(Site(name, 56) for name in names)
+
+
+BLOCKS = [f"layers.{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("sites", "whose"),
+    [
+        (named(*(f"encoder.model.{name}" for name in BLOCKS)), "the model's have 'encoder.' before 'model.layers.0'"),
+        (named(*BLOCKS), "the plan's have 'model.' before 'layers.0'"),
+    ],
+)
+def test_a_plan_whose_names_begin_otherwise_says_how(sites, whose):
+    with pytest.raises(PlanError) as caught:
+        make_plan().check_sites(sites)
+    assert str(caught.value) == (
+        "The plan is for another model, or for other target modules: one rank of model.layers.0 costs 56 parameters in "
+        f"the plan and nothing in the model. All that differs is the beginning of the names: {whose}, as when one is "
+        "the other with a head around it. Make a plan for this model and these target modules."
+    )
+
+
+@pytest.mark.parametrize(
+    "sites",
+    [
+        (),
+        named("h.0", "h.1"),
+        named(*(f"encoder.model.{name}" for name in BLOCKS[:5])),
+        named("encoder.model.layers.0", *(f"decoder.model.{name}" for name in BLOCKS[1:])),
+    ],
+)
+def test_a_plan_whose_names_differ_in_more_than_the_beginning_says_nothing_of_it(sites):
+    with pytest.raises(PlanError) as caught:
+        make_plan().check_sites(sites)
+    assert str(caught.value).endswith("nothing in the model. Make a plan for this model and these target modules.")
+
+
+def test_a_rank_beyond_all_rows_and_columns_is_not_taken():
+    plan = make_plan(ranks=(56, 2, 1, 2, 2, 1))
+    plan.check_sites(plan.sites)
+    plan = make_plan(ranks=(64, 2, 1, 2, 2, 1), base_rank=64)  # which the user asked for
+    plan.check_sites(plan.sites)
+    with pytest.raises(PlanError) as caught:
+        make_plan(ranks=(3, 2, 57, 2, 2, 1)).check_sites(plan.sites)
+    assert str(caught.value) == (
+        "The rank of model.layers.2 is 57; its matrices have no more than 56 rows and columns together. "
+        "Make the plan again."
     )
 
 
