@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := passive
 TEST := lint types docs unit integration faults e2e
 REST := pip axolotl-0.19 axolotl-0.21
 
-.PHONY: demo compare-small test test-all test-perturbed $(TEST) $(REST) environment lock clean
+.PHONY: demo compare-small test test-all test-perturbed $(TEST) $(REST) mutants environment lock clean
 demo: environment
 	$(MAIN)/bin/gelora demo
 
@@ -39,6 +39,11 @@ compare-small: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python benchmarks/compare_tasks.py docstrings --plans budget \
 	  --methods plan,uniform,permuted,eva --jobs $(CORES) --output compare-small
 	$(MAIN)/bin/python benchmarks/compare_check.py compare-small
+
+# Which changes of the engine's code no test notices (about two hours); the answer is in benchmarks/results/mutants.json.
+mutants: environment
+	OMP_NUM_THREADS=1 $(MAIN)/bin/mutmut run --max-children $(CORES)
+	$(MAIN)/bin/python benchmarks/mutants.py
 
 environment:
 	@$(PYTHON3) .ci/environments.py main
