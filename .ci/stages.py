@@ -19,7 +19,9 @@ from environments import LATEST, LOCKS, ROOT, VENVS, CannotMakeError, make, pyth
 
 LOGS = VENVS / "logs"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-PYTEST = ("-m", "pytest", "-n", str(min(CORES, 8)), "--dist", "worksteal")
+WORKERS = ("-m", "pytest", "-n", str(min(CORES, 8)), "--dist")
+PYTEST = (*WORKERS, "worksteal")
+AXOLOTL = (*WORKERS, "loadscope", "tests/axolotl")  # the tests of a class share a training
 # name -> (environment, what its Python is given)
 STAGES = {
     "lint": ("main", ("-m", "ruff", "check", "."), ("-m", "ruff", "format", "--check", ".")),
@@ -30,8 +32,8 @@ STAGES = {
     "faults": ("main", (*PYTEST, "tests/faults")),
     "e2e": ("main", (*PYTEST, "tests/e2e")),
     "pip": ("pip", (*PYTEST, "tests/unit", "tests/integration")),
-    "axolotl-0.19": ("axolotl-0.19", (*PYTEST, "tests/axolotl")),
-    "axolotl-0.21": ("axolotl-0.21", (*PYTEST, "tests/axolotl")),
+    "axolotl-0.19": ("axolotl-0.19", AXOLOTL),
+    "axolotl-0.21": ("axolotl-0.21", AXOLOTL),
 }
 VERSIONS = """
 import importlib.metadata as m, platform
