@@ -97,13 +97,14 @@ def make(name: str) -> None:
 
 
 def find_python(versions: tuple[str, ...]) -> str:
-    """The first interpreter of one of `versions` that is installed somewhere usual; $PYTHON overrides.
+    """The first interpreter of one of `versions`: $PYTHON if it is one, else what is installed somewhere usual.
 
     Raises:
-        CannotMakeError: there is none.
+        CannotMakeError: there is none, or $PYTHON does not run.
     """
-    if os.environ.get("PYTHON"):
-        return os.environ["PYTHON"]
+    given = os.environ.get("PYTHON")
+    if given and not _version(given):
+        raise CannotMakeError(f"PYTHON={given} does not run; expected the path of an interpreter.")
     found = [python for version in versions for python in interpreters(version)]
     if not found:
         raise CannotMakeError(
@@ -113,20 +114,25 @@ def find_python(versions: tuple[str, ...]) -> str:
 
 
 def interpreters(version: str) -> list[str]:
-    """The interpreters of `version` that are installed somewhere usual, the one on the PATH first."""
-    candidates = [shutil.which(f"python{version}"), f"/usr/local/bin/python{version}", f"/usr/bin/python{version}"]
+    """The interpreters of `version`: $PYTHON, the one on the PATH, those installed somewhere usual."""
+    candidates = [
+        os.environ.get("PYTHON"),
+        shutil.which(f"python{version}"),
+        f"/usr/local/bin/python{version}",
+        f"/usr/bin/python{version}",
+    ]
     for pattern in OFF_THE_PATH:
         candidates += sorted(str(path) for path in Path.home().glob(pattern.format(version)))
-    return [python for python in candidates if python and _is_version(python, version)]
+    return [python for python in candidates if python and _version(python) == version]
 
 
-def _is_version(python: str, version: str) -> bool:
-    """Whether `python` runs (a pyenv shim may not) and is of `version`."""
+def _version(python: str) -> str:
+    """Major and minor version of `python`; nothing if it does not run, as a pyenv shim may not."""
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     try:
-        return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip() == version
+        return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
     except OSError:
-        return False
+        return ""
 
 
 def _check(python: str, environment: Environment, stamp: Path) -> None:
