@@ -15,9 +15,9 @@ from pathlib import Path
 from machine import RESULTS
 from scipy import stats
 
-from gelora_plugins.compare_methods import TOLERANCE
-from gelora_plugins.compare_report import Comparison
-from gelora_plugins.compare_stats import holm
+from gelora_plugins.compare.allocations import TOLERANCE
+from gelora_plugins.compare.stats import holm
+from gelora_plugins.compare.summary import Comparison
 
 LEVEL = 0.01
 GRAIN = 0.005  # of a score: seeds that agree by chance do not make half a percent of it significant

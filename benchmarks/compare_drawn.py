@@ -16,10 +16,10 @@ from compare_tasks import MINILM, SMOLLM2, from_files, minilm, with_line_ends
 from completion_tokens import measure_completions
 from machine import RESULTS, machine
 
-from gelora_plugins import GeLoRAConfig, records
-from gelora_plugins.compare import compare, default_plans, planned
-from gelora_plugins.compare_bench import Bench, Settings
-from gelora_plugins.compare_tasks import Task
+from gelora_plugins import GeLoRAConfig, json_files
+from gelora_plugins.compare.bench import Bench, Settings
+from gelora_plugins.compare.run import compare, default_plans, planned
+from gelora_plugins.compare.task import Task
 from gelora_plugins.demo import smollm2
 
 METHODS = ("plan", "uniform", "permuted")
@@ -94,7 +94,7 @@ def main() -> None:
         found.write(options.output)
         print(found.table(name), flush=True)
     print("\n".join(found.lines()))
-    records.write_json(options.output / "machine.json", machine())
+    json_files.write_json(options.output / "machine.json", machine())
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from machine import RESULTS
 from torch import Tensor
 
 from gelora_plugins import GeLoRAConfig, RankPlan
-from gelora_plugins.compare import compare, measured, planned
-from gelora_plugins.compare_bench import Bench
-from gelora_plugins.dimension import DimensionProfile
+from gelora_plugins.compare.bench import Bench
+from gelora_plugins.compare.run import compare, measured, planned
+from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.hookspecs import hookimpl
 from gelora_plugins.layout import Block, ModelLayout
 from gelora_plugins.pipeline import measure
 from gelora_plugins.plugins import plugin_manager
-from gelora_plugins.policies import needs, within_budget
+from gelora_plugins.ranks.policies import needs, within_budget
 
 
 class MiddleToken:

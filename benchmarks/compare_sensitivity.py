@@ -14,8 +14,8 @@ from compare_tasks import arguments, chosen, task_and_settings
 from machine import RESULTS
 
 from gelora_plugins import GeLoRAConfig, RankPlan
-from gelora_plugins.compare import compare, measured, planned
-from gelora_plugins.compare_bench import Bench
+from gelora_plugins.compare.bench import Bench
+from gelora_plugins.compare.run import compare, measured, planned
 
 WAYS: dict[str, dict[str, Any]] = {
     "mean, twonn_mle": {"policy": "budget"},

@@ -20,10 +20,10 @@ from typing import Any
 
 from machine import RESULTS, machine
 
-from gelora_plugins import GeLoRAConfig, records
-from gelora_plugins.compare import compare, default_plans
-from gelora_plugins.compare_bench import Bench, Settings
-from gelora_plugins.compare_tasks import Task, load_task
+from gelora_plugins import GeLoRAConfig, json_files
+from gelora_plugins.compare.bench import Bench, Settings
+from gelora_plugins.compare.run import compare, default_plans
+from gelora_plugins.compare.task import Task, load_task
 from gelora_plugins.demo import smollm2
 
 # As in the paper: query, key, value and output of the attention. All are of one size in MiniLM, so EVA and AdaLoRA,
@@ -156,7 +156,7 @@ def main() -> None:
         found.write(output)
         print(found.table(name))
     print("\n".join(found.lines()))
-    records.write_json(output / "machine.json", machine())
+    json_files.write_json(output / "machine.json", machine())
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gelora_plugins import DimensionProfile, GeLoRAConfig, hookimpl, records
-from gelora_plugins.compare_bench import Bench
-from gelora_plugins.compare_tasks import IGNORED_LABEL
+from gelora_plugins import DimensionProfile, GeLoRAConfig, hookimpl, json_files
+from gelora_plugins.compare.bench import Bench
+from gelora_plugins.compare.task import IGNORED_LABEL
 from gelora_plugins.pipeline import measure
 from gelora_plugins.plugins import plugin_manager
-from gelora_plugins.pooling import mean
+from gelora_plugins.probe.pooling import mean
 
 
 class CompletionTokens:
@@ -40,11 +40,11 @@ def measure_completions(bench: Bench) -> DimensionProfile:
     """The profile over the completions of the training rows of `bench`: measured once, then read."""
     path = bench.cache / "profile-completion.json"
     if path.is_file():
-        return DimensionProfile.from_dict(records.read_json(path))
+        return DimensionProfile.from_dict(json_files.read_json(path))
     reading = CompletionTokens(bench)
     plugin_manager().register(reading, name="completion-tokens")
     # In a field of their own the rows have no `input_ids`, so the probe leaves the batches to the collator.
     rows = [{"row": row} for row in bench.train if any(label != IGNORED_LABEL for label in row["labels"])]
     profile = measure(bench.load(0), rows, GeLoRAConfig(pooling="completion"), layout=bench.layout, collator=reading)
-    records.write_json(path, profile.to_dict())
+    json_files.write_json(path, profile.to_dict())
     return profile

@@ -21,10 +21,10 @@ import torch
 from machine import record
 from scipy.stats import chi2
 
-from gelora_plugins.boundaries import estimate_dimensions
-from gelora_plugins.dimension import DimensionEstimate
-from gelora_plugins.estimators import gride, mle, twonn, twonn_mle
-from gelora_plugins.resampling import halves
+from gelora_plugins.dimension.estimators import gride, mle, twonn, twonn_mle
+from gelora_plugins.dimension.halves import halves
+from gelora_plugins.dimension.measure import estimate_dimensions
+from gelora_plugins.dimension.profile import DimensionEstimate
 
 NUM_POINTS = 1000
 DIMENSIONS = (3, 8, 15, 20)

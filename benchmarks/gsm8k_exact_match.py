@@ -16,10 +16,10 @@ from compare_drawn import task_and_settings
 from compare_tasks import from_files
 from machine import RESULTS, machine
 
-from gelora_plugins import records
-from gelora_plugins.compare_bench import Bench
-from gelora_plugins.compare_methods import lora
-from gelora_plugins.compare_training import trained
+from gelora_plugins import json_files
+from gelora_plugins.compare.allocations import lora
+from gelora_plugins.compare.bench import Bench
+from gelora_plugins.compare.train import trained
 
 ROWS, EXAMPLES, NEW_TOKENS, BATCH, RATE = 60, 3, 160, 20, 3e-3
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -69,7 +69,7 @@ def main() -> None:
         ),
     }
     print(found)
-    records.write_json(
+    json_files.write_json(
         RESULTS / "gsm8k_exact_match.json",
         {"machine": machine(), "rows": len(test), "examples": EXAMPLES, "right": found},
     )

@@ -24,8 +24,8 @@ from machine import record
 from skdim.id import TwoNN
 from sklearn.neighbors import NearestNeighbors
 
-from gelora_plugins.estimators import twonn
-from gelora_plugins.neighbours import neighbour_distances
+from gelora_plugins.dimension.estimators import twonn
+from gelora_plugins.dimension.neighbours import neighbour_distances
 
 DADAPY = """
 import sys, time

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gelora_plugins import GeLoRAConfig, measure
 from gelora_plugins.demo import passages, smollm2
-from gelora_plugins.probe_set import choose_documents
+from gelora_plugins.probe.documents import choose_documents
 
 
 def bare(model: Any, rows: list[Any], config: GeLoRAConfig) -> None:

@@ -22,13 +22,13 @@ from scipy.optimize import nnls
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gelora_plugins import GeLoRAConfig
-from gelora_plugins.boundaries import estimate_dimensions
-from gelora_plugins.estimators import twonn_mle
-from gelora_plugins.features import read_documents
+from gelora_plugins.dimension.estimators import twonn_mle
+from gelora_plugins.dimension.measure import estimate_dimensions
 from gelora_plugins.layout import find_transformers_layout
-from gelora_plugins.pooling import mean
-from gelora_plugins.probe_set import choose_documents
-from gelora_plugins.storage import FeatureStore
+from gelora_plugins.probe.documents import choose_documents
+from gelora_plugins.probe.hidden_states import read_documents
+from gelora_plugins.probe.point_store import FeatureStore
+from gelora_plugins.probe.pooling import mean
 
 VOCABULARY = 512
 SETTINGS = {  # one thing changed at a time, from the first

@@ -5,9 +5,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gelora_plugins.adapter import AppliedPlan, apply_plan
     from gelora_plugins.config import GeLoRAConfig
-    from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
+    from gelora_plugins.dimension.profile import DimensionEstimate, DimensionProfile
     from gelora_plugins.errors import GeLoRAError
     from gelora_plugins.hookspecs import hookimpl
     from gelora_plugins.integrations.axolotl import GeLoRAPlugin
@@ -15,15 +14,16 @@ if TYPE_CHECKING:
     from gelora_plugins.integrations.trl import GeLoRASFTTrainer
     from gelora_plugins.layout import Block, Linear, ModelLayout
     from gelora_plugins.pipeline import measure, select_ranks
-    from gelora_plugins.plan_check import check_plan, with_plan
-    from gelora_plugins.ranks import RankPlan, Site
-    from gelora_plugins.report import RankReport
+    from gelora_plugins.ranks.adapter import AppliedPlan, apply_plan
+    from gelora_plugins.ranks.plan import RankPlan, Site
+    from gelora_plugins.ranks.plan_check import check_plan, with_plan
+    from gelora_plugins.report.rank_report import RankReport
 
 _HOME = {
-    "AppliedPlan": "adapter",
+    "AppliedPlan": "ranks.adapter",
     "Block": "layout",
-    "DimensionEstimate": "dimension",
-    "DimensionProfile": "dimension",
+    "DimensionEstimate": "dimension.profile",
+    "DimensionProfile": "dimension.profile",
     "GeLoRACallback": "integrations.transformers",
     "GeLoRAConfig": "config",
     "GeLoRAError": "errors",
@@ -31,16 +31,16 @@ _HOME = {
     "GeLoRASFTTrainer": "integrations.trl",
     "Linear": "layout",
     "ModelLayout": "layout",
-    "RankPlan": "ranks",
-    "RankReport": "report",
-    "Site": "ranks",
-    "apply_plan": "adapter",
-    "check_plan": "plan_check",
+    "RankPlan": "ranks.plan",
+    "RankReport": "report.rank_report",
+    "Site": "ranks.plan",
+    "apply_plan": "ranks.adapter",
+    "check_plan": "ranks.plan_check",
     "hookimpl": "hookspecs",
     "measure": "pipeline",
     "prepare_trainer": "integrations.transformers",
     "select_ranks": "pipeline",
-    "with_plan": "plan_check",
+    "with_plan": "ranks.plan_check",
 }
 _NEEDS = {"GeLoRAPlugin": "axolotl", "GeLoRASFTTrainer": "trl"}  # frameworks that the package does without
 __all__ = [

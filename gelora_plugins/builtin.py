@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gelora_plugins.layout import ModelLayout
-    from gelora_plugins.report import RankReport
+    from gelora_plugins.report.rank_report import RankReport
 
 
 @hookimpl
 def register_estimators() -> dict[str, Any]:
-    from gelora_plugins import estimators
+    from gelora_plugins.dimension import estimators
 
     return {
         "twonn": estimators.twonn,
@@ -25,14 +25,14 @@ def register_estimators() -> dict[str, Any]:
 
 @hookimpl
 def register_poolings() -> dict[str, Any]:
-    from gelora_plugins import pooling
+    from gelora_plugins.probe import pooling
 
     return {"mean": pooling.mean, "last": pooling.last, "first": pooling.first}
 
 
 @hookimpl
 def register_rank_policies() -> dict[str, Any]:
-    from gelora_plugins import policies
+    from gelora_plugins.ranks import policies
 
     return {"gelora": policies.gelora, "budget": policies.budget, "uniform": policies.uniform}
 

@@ -16,7 +16,7 @@ from gelora_plugins.mistakes import reason, sentence
 from gelora_plugins.text import printable
 
 if TYPE_CHECKING:
-    from gelora_plugins.dimension import DimensionProfile
+    from gelora_plugins.dimension.profile import DimensionProfile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -124,17 +124,17 @@ def probe(
         target_std_error=target_std_error,
         feature_storage=feature_storage,
     )
-    from gelora_plugins import plugins, records
+    from gelora_plugins import json_files, plugins
 
     plugins.find("estimator", estimator)
     plugins.find("pooling", pooling)
-    from gelora_plugins.rows import load_rows
+    from gelora_plugins.probe.formats import load_rows
 
     dataset = load_rows(data, split)  # a file that cannot be read must not cost the loading of a model
     loaded, tokenizer = _load(model, task, dtype)
     rows = _prepared(dataset, loaded, tokenizer, text_field, data, probe_max_length)
     profile = _probe_all(loaded, rows, config, rank, output) if sensitivity else _probe(loaded, rows, config)
-    records.write_json(output, profile.to_dict())
+    json_files.write_json(output, profile.to_dict())
     for note in profile.notes():
         typer.echo(printable(note))
     typer.echo(f"{profile.num_documents} documents, {profile.num_tokens} tokens, {profile.seconds:.1f} s -> {output}")
@@ -142,7 +142,7 @@ def probe(
 
 def _prepared(dataset: Any, model: Any, tokenizer: Any, text_field: str, data: str, max_length: int) -> Any:
     """The rows with token ids: as TRL would train on them, where they are of a kind that it trains on."""
-    from gelora_plugins.rows import TokenisedRows, are_for_trl
+    from gelora_plugins.probe.formats import TokenisedRows, are_for_trl
 
     # TRL trains causal models, and takes no tokenizer without an end of text (trl 1.16).
     writes = model.can_generate() and not model.config.is_encoder_decoder and tokenizer.eos_token is not None
@@ -165,12 +165,12 @@ def _probe(model: Any, rows: Any, config: GeLoRAConfig) -> DimensionProfile:
 
 
 def _probe_all(model: Any, rows: Any, config: GeLoRAConfig, rank: int, output: Path) -> DimensionProfile:
-    from gelora_plugins import records
+    from gelora_plugins import json_files
     from gelora_plugins.sensitivity import measure_sensitivity
 
     found = measure_sensitivity(model, rows, config, base_rank=rank, progress=sys.stderr.isatty())
     path = output.with_name("sensitivity.json")
-    records.write_json(path, found.to_dict())
+    json_files.write_json(path, found.to_dict())
     _print(found.table(), [*found.lines(), f"-> {path}"])
     return found.profile
 
@@ -191,12 +191,12 @@ def plan(
     ] = "all-linear",
 ) -> None:
     """Choose: a profile -> one rank per block, for LoraConfig or GeLoRACallback(plan=...). Needs no model."""
-    from gelora_plugins import records
-    from gelora_plugins.dimension import DimensionProfile
-    from gelora_plugins.policies import make_plan
-    from gelora_plugins.ranks import layout_sites
+    from gelora_plugins import json_files
+    from gelora_plugins.dimension.profile import DimensionProfile
+    from gelora_plugins.ranks.plan import layout_sites
+    from gelora_plugins.ranks.policies import make_plan
 
-    measured = DimensionProfile.from_dict(records.read_json(profile))
+    measured = DimensionProfile.from_dict(json_files.read_json(profile))
     names = [name.strip() for name in target_modules.split(",")]
     sites = layout_sites(
         measured.layout,
@@ -220,8 +220,8 @@ def report(
     ] = None,
 ) -> None:
     """Show: the table of a plan, and with -o the files."""
-    from gelora_plugins.ranks import RankPlan
-    from gelora_plugins.report import RankReport
+    from gelora_plugins.ranks.plan import RankPlan
+    from gelora_plugins.report.rank_report import RankReport
 
     loaded = RankPlan.load(plan)
     _show(loaded)
@@ -244,7 +244,7 @@ def export(
         raise ConfigError(
             "gelora export writes one kind of adapter so far; say which: gelora export ADAPTER OUT --uniform."
         )
-    from gelora_plugins.export import export_uniform
+    from gelora_plugins.ranks.export import export_uniform
 
     done = export_uniform(adapter, out, rank_multiple=rank_multiple)
     typer.echo(f"{done.num_modules} modules with rank {done.rank} and lora_alpha {done.lora_alpha:g} -> {out}")
@@ -293,11 +293,11 @@ def compare(
     """Compare: GeLoRA, uniform, permuted, EVA, AdaLoRA at equal parameters, on your model and data."""
     from dataclasses import replace
 
-    from gelora_plugins.compare import compare as run
-    from gelora_plugins.compare_bench import Settings
-    from gelora_plugins.compare_methods import METHODS
-    from gelora_plugins.compare_tasks import load_task
-    from gelora_plugins.ranks import RankPlan
+    from gelora_plugins.compare.allocations import METHODS
+    from gelora_plugins.compare.bench import Settings
+    from gelora_plugins.compare.run import compare as run
+    from gelora_plugins.compare.task import load_task
+    from gelora_plugins.ranks.plan import RankPlan
 
     settings = Settings(
         rank, alpha, target_modules, _list(methods, str) or METHODS, _list(grid, int), seeds, _list(rates, float)
@@ -349,13 +349,13 @@ def _list(text: str, kind: Any) -> tuple[Any, ...]:
 
 
 def _show(plan: Any) -> None:
-    from gelora_plugins.report import RankReport, plan_table
+    from gelora_plugins.report.rank_report import RankReport, plan_table
 
     _print(plan_table(plan), RankReport(plan).lines())
 
 
 def _print(table: Any, lines: list[str]) -> None:
-    from gelora_plugins.report import render
+    from gelora_plugins.report.rank_report import render
 
     typer.echo(render(table))
     for line in lines:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gelora_plugins.layout import ModelLayout
-    from gelora_plugins.report import RankReport
+    from gelora_plugins.report.rank_report import RankReport
 
 hookspec = pluggy.HookspecMarker("gelora")
 hookimpl = pluggy.HookimplMarker("gelora")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from gelora_plugins import records
+from gelora_plugins import json_files
 from gelora_plugins.errors import LayoutError, PlanError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class ModelLayout:
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Inverse of `dataclasses.asdict`. Raises PlanError for anything else."""
-        get = records.reader(data, "layout")
+        get = json_files.reader(data, "layout")
         stacks = []
         for stack in get("stacks", list):
             if not isinstance(stack, list):
@@ -97,10 +97,10 @@ class ModelLayout:
 
 
 def _block_from_dict(data: Any) -> Block:
-    get = records.reader(data, "block")
+    get = json_files.reader(data, "block")
     linears = []
     for linear in get("linears", list):
-        read = records.reader(linear, "linear")
+        read = json_files.reader(linear, "linear")
         linears.append(Linear(read("name", str), read("in_features", int), read("out_features", int)))
     return Block(get("name", str), tuple(linears))
 

@@ -9,23 +9,24 @@ from functools import partial
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
-from gelora_plugins import generators, plugins
-from gelora_plugins.adapter import find_adapter
-from gelora_plugins.boundaries import estimate_dimensions
+from gelora_plugins import plugins
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.dimension import MIN_POINTS, DimensionProfile
+from gelora_plugins.dimension.measure import estimate_dimensions
+from gelora_plugins.dimension.profile import MIN_POINTS, DimensionProfile
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.features import Autocast, leaving_no_trace, read_documents
-from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import ModelLayout, unwrap
 from gelora_plugins.plugins import find_layout
-from gelora_plugins.policies import check_dimensions, make_plan
-from gelora_plugins.probe_set import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
-from gelora_plugins.processes import ALONE, Processes, blaming
-from gelora_plugins.provenance import origin, other_model
-from gelora_plugins.ranks import RankPlan, Site
-from gelora_plugins.rehearsal import config_sites
-from gelora_plugins.storage import FeatureStore
+from gelora_plugins.probe import generators
+from gelora_plugins.probe.distributed import ALONE, Processes, blaming
+from gelora_plugins.probe.documents import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
+from gelora_plugins.probe.hidden_states import Autocast, leaving_no_trace, read_documents
+from gelora_plugins.probe.model_inputs import accepted_inputs
+from gelora_plugins.probe.point_store import FeatureStore
+from gelora_plugins.probe.provenance import origin, other_model
+from gelora_plugins.ranks.adapter import find_adapter
+from gelora_plugins.ranks.plan import RankPlan, Site
+from gelora_plugins.ranks.policies import check_dimensions, make_plan
+from gelora_plugins.ranks.rehearsal import config_sites
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gelora_plugins import plugins, records
-from gelora_plugins.boundaries import estimate_dimensions
+from gelora_plugins import json_files, plugins
 from gelora_plugins.config import ROUNDINGS, GeLoRAConfig
-from gelora_plugins.dimension import DimensionProfile
+from gelora_plugins.dimension.measure import estimate_dimensions
+from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import GeLoRAError, ProbeError
-from gelora_plugins.features import Pooling, leaving_no_trace, read_documents
-from gelora_plugins.inputs import accepted_inputs
 from gelora_plugins.layout import unwrap
 from gelora_plugins.plugins import find_layout
-from gelora_plugins.policies import check_dimensions
-from gelora_plugins.probe_set import Collator, choose_documents
-from gelora_plugins.provenance import origin
-from gelora_plugins.ranks import Site, layout_sites
-from gelora_plugins.storage import FeatureStore
+from gelora_plugins.probe.documents import Collator, choose_documents
+from gelora_plugins.probe.hidden_states import Pooling, leaving_no_trace, read_documents
+from gelora_plugins.probe.model_inputs import accepted_inputs
+from gelora_plugins.probe.point_store import FeatureStore
+from gelora_plugins.probe.provenance import origin
+from gelora_plugins.ranks.plan import Site, layout_sites
+from gelora_plugins.ranks.policies import check_dimensions
 from gelora_plugins.text import printable
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Sensitivity:
     base_rank: int
 
     def __str__(self) -> str:
-        from gelora_plugins.report import render
+        from gelora_plugins.report.rank_report import render
 
         return render(self.table())
 
@@ -108,7 +108,7 @@ class Sensitivity:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values: ranks and summaries of every setting, and the profile of the chosen one."""
         return {
-            "schema": records.SCHEMA,
+            "schema": json_files.SCHEMA,
             "kind": "sensitivity",
             "base_rank": self.base_rank,
             "outcomes": [

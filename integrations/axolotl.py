@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import Trainer
 
-    from gelora_plugins.ranks import RankPlan
+    from gelora_plugins.ranks.plan import RankPlan
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ class GeLoRAPlugin(BasePlugin):
         config = read_section(cfg)
         if config.plan is None:
             return {}
-        from gelora_plugins.plan_check import with_plan
-        from gelora_plugins.ranks import RankPlan
+        from gelora_plugins.ranks.plan import RankPlan
+        from gelora_plugins.ranks.plan_check import with_plan
 
         try:
             plan = RankPlan.load(config.plan)

@@ -17,7 +17,7 @@ from gelora_plugins.text import printable
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from gelora_plugins.ranks import RankPlan
+    from gelora_plugins.ranks.plan import RankPlan
 
 PLUGIN = "gelora_plugins.GeLoRAPlugin"
 # Axolotl 0.21 overrides the same keys to load a model in one piece when it merges (cli/merge_lora.py).
@@ -39,7 +39,7 @@ def gelora(config: str, output: str | None) -> None:
     Loads the model and the data of CONFIG, measures, and prints the plan, also as YAML for a config without the
     plugin. CONFIG may list gelora in `plugins` or not. Nothing is written to its output directory.
     """
-    from gelora_plugins.report import RankReport, show
+    from gelora_plugins.report.rank_report import RankReport, show
 
     try:
         plan, written = choose(config)
@@ -98,7 +98,7 @@ def patterns_yaml(plan: RankPlan, config: LoraConfig) -> str:
     """
     import yaml
 
-    from gelora_plugins.plan_check import with_plan
+    from gelora_plugins.ranks.plan_check import with_plan
 
     planned = with_plan(config, plan)
     if not all(isinstance(alpha, int) for alpha in planned.alpha_pattern.values()):

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import PlanError
-from gelora_plugins.ranks import RankPlan
+from gelora_plugins.ranks.plan import RankPlan
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gelora_plugins.errors import PlanError, WriteError
-from gelora_plugins.ranks import RankPlan
-from gelora_plugins.report import RankReport, show, write_reports
+from gelora_plugins.ranks.plan import RankPlan
+from gelora_plugins.report.rank_report import RankReport, show, write_reports
 
 from .checkpoint import PLAN
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from gelora_plugins.adapter import AppliedPlan
     from gelora_plugins.config import GeLoRAConfig
+    from gelora_plugins.ranks.adapter import AppliedPlan
 
     from .checkpoint import Checkpoint
 

@@ -18,7 +18,13 @@ from peft import LoraConfig, PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from gelora_plugins.adapter import (
+from gelora_plugins.config import GeLoRAConfig
+from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError
+from gelora_plugins.pipeline import select_ranks
+from gelora_plugins.plugins import find_layout
+from gelora_plugins.probe.distributed import ALONE, Processes, blaming
+from gelora_plugins.probe.provenance import other_model
+from gelora_plugins.ranks.adapter import (
     IN_PLACE_INITS,
     AppliedPlan,
     add_adapter,
@@ -28,16 +34,10 @@ from gelora_plugins.adapter import (
     has_ranks_of,
     require_adapter,
 )
-from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError
-from gelora_plugins.lora_config import check_initialisation, without_plan
-from gelora_plugins.pipeline import select_ranks
-from gelora_plugins.plan_check import check_plan, with_plan
-from gelora_plugins.plugins import find_layout
-from gelora_plugins.policies import make_plan
-from gelora_plugins.processes import ALONE, Processes, blaming
-from gelora_plugins.provenance import other_model
-from gelora_plugins.ranks import RankPlan
+from gelora_plugins.ranks.patterns import check_initialisation, without_plan
+from gelora_plugins.ranks.plan import RankPlan
+from gelora_plugins.ranks.plan_check import check_plan, with_plan
+from gelora_plugins.ranks.policies import make_plan
 
 from .checkpoint import PLAN, Checkpoint
 from .telling import is_at, tell

@@ -13,7 +13,7 @@ from trl.data_utils import is_conversational
 
 from gelora_plugins.errors import ProbeError
 from gelora_plugins.mistakes import reason
-from gelora_plugins.probe_set import MEDIA
+from gelora_plugins.probe.documents import MEDIA
 
 # Stanford Alpaca's prompt, for tokenizers without a chat template.
 _ALPACA = (

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gelora_plugins.compare import compare
-from gelora_plugins.compare_bench import Bench, Settings
-from gelora_plugins.compare_report import Comparison
-from gelora_plugins.compare_runs import Run
-from gelora_plugins.compare_tasks import Task
-from gelora_plugins.ranks import RankPlan
+from gelora_plugins.compare.bench import Bench, Settings
+from gelora_plugins.compare.record import Run
+from gelora_plugins.compare.run import compare
+from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.compare.task import Task
+from gelora_plugins.ranks.plan import RankPlan
 from tests.plans import make_plan, make_profile
 from tests.tiny import build
 

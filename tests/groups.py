@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, GeLoRAError, RankPlan
-from gelora_plugins.plan_check import with_plan
+from gelora_plugins.ranks.plan_check import with_plan
 from tests.tiny import build
 from tests.training import LORA, Watch, arguments, matrices, peft_model, ranks_by_block, rows, trainer_for
 

@@ -3,9 +3,9 @@
 import random
 from dataclasses import replace
 
-from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
+from gelora_plugins.dimension.profile import DimensionEstimate, DimensionProfile
 from gelora_plugins.layout import Block, Linear, ModelLayout
-from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.ranks.plan import RankPlan, Site
 
 SST2 = (15.0, 17.2, 17.8, 17.4, 17.8, 19.1, 16.2)  # all-MiniLM-L6, mean pooling, 2000 training rows
 
@@ -74,7 +74,7 @@ def make_plan(
 def plan_for(model, ranks, config):
     """A plan with these ranks, one per block, for the adapter that `config` makes on `model`; nothing is measured."""
     from gelora_plugins.plugins import find_layout
-    from gelora_plugins.rehearsal import config_sites
+    from gelora_plugins.ranks.rehearsal import config_sites
 
     layout = find_layout(model)
     return RankPlan(

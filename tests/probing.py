@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gelora_plugins.features import Pooling, collect_features
 from gelora_plugins.layout import ModelLayout
-from gelora_plugins.probe_set import Batch
-from gelora_plugins.storage import FeatureStore
+from gelora_plugins.probe.documents import Batch
+from gelora_plugins.probe.hidden_states import Pooling, collect_features
+from gelora_plugins.probe.point_store import FeatureStore
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from gelora_plugins import GeLoRACallback, GeLoRAConfig, pipeline, report
+from gelora_plugins import GeLoRACallback, GeLoRAConfig, pipeline
 from tests.training import arguments, layers, losses, matrices, rows
 
 BUDGET = GeLoRAConfig(policy="budget")
@@ -31,7 +31,9 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "draw", lambda *args: None)  # half the time of a short training
+    monkeypatch.setattr(
+        "gelora_plugins.report.rank_report.draw", lambda *args: None
+    )  # half the time of a short training
 
 
 def start(model: Any, directory: Path, callback: TrainerCallback | None = None, **options: Any) -> Trainer:

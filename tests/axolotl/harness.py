@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from gelora_plugins.ranks import RankPlan
+from gelora_plugins.ranks.plan import RankPlan
 
 AXOLOTL = tuple(int(part) for part in version("axolotl").split(".")[:2])
 HAS_ENTRY_POINTS = AXOLOTL >= (0, 21)  # the group axolotl.plugins, which `plugins: [gelora]` needs

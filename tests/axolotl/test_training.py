@@ -159,7 +159,7 @@ class TestPlanKnownBefore:
     """`axolotl gelora`, and its two ways into a training."""
 
     def test_the_command_gives_the_plan_of_the_training(self, workplace, shown, plan):
-        from gelora_plugins.ranks import RankPlan
+        from gelora_plugins.ranks.plan import RankPlan
 
         assert shown.returncode == 0, shown.log
         made = RankPlan.load(workplace.directory / "plan.json")
@@ -196,7 +196,7 @@ class TestPlanKnownBefore:
     def test_a_sweep_in_one_process_gives_each_run_the_ranks_of_its_own_configuration(self, workplace, shown):
         import yaml
 
-        from gelora_plugins.ranks import RankPlan
+        from gelora_plugins.ranks.plan import RankPlan
 
         config = workplace.write("sweep", max_steps=1)
         sections = [{"plan": "plan.json"}, {"policy": "uniform", "probe_samples": 96}]

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import Trainer
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, pipeline
-from gelora_plugins.adapter import apply_plan
 from gelora_plugins.pipeline import select_ranks
-from gelora_plugins.report import RankReport
+from gelora_plugins.ranks.adapter import apply_plan
+from gelora_plugins.report.rank_report import RankReport
 from tests.plans import make_plan
 from tests.training import peft_model, ranks_by_block, trainer_for
 

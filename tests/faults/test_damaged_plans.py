@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from gelora_plugins import GeLoRAConfig, RankPlan, apply_plan, records, select_ranks
-from gelora_plugins.dimension import DimensionProfile
+from gelora_plugins import GeLoRAConfig, RankPlan, apply_plan, json_files, select_ranks
+from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import GeLoRAError, PlanError
-from gelora_plugins.policies import make_plan
-from gelora_plugins.ranks import layout_sites
+from gelora_plugins.ranks.plan import layout_sites
+from gelora_plugins.ranks.policies import make_plan
 from tests.training import peft_model, ranks_by_block, rows, state_of
 
 COUNT = 200
@@ -92,14 +92,14 @@ def test_damaged_plans(tmp_path: Path, plan: RankPlan) -> None:
 
 def test_damaged_profiles(tmp_path: Path, plan: RankPlan) -> None:
     path = tmp_path / "profile.json"
-    records.write_json(path, plan.profile.to_dict())
+    json_files.write_json(path, plan.profile.to_dict())
     text, rng = path.read_text(), random.Random(0)
     refused = 0
     for _ in range(COUNT):
         path.write_bytes(damaged(text, rng))
         for policy in ("gelora", "budget", "uniform"):
             try:
-                profile = DimensionProfile.from_dict(records.read_json(path))
+                profile = DimensionProfile.from_dict(json_files.read_json(path))
                 sites = layout_sites(profile.layout, lambda name: True)
                 make_plan(profile, GeLoRAConfig(policy=policy), sites, 8, lora_alpha=16, use_rslora=False)
             except GeLoRAError:

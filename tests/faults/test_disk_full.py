@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from gelora_plugins import GeLoRACallback, GeLoRAConfig, RankPlan, cli, records
+from gelora_plugins import GeLoRACallback, GeLoRAConfig, RankPlan, cli, json_files
 from gelora_plugins.errors import WriteError
-from gelora_plugins.report import RankReport
+from gelora_plugins.report.rank_report import RankReport
 from tests.plans import SST2, make_plan, make_profile
 from tests.training import peft_model, ranks_by_block, saved_plan, trainer_for
 
@@ -73,7 +73,7 @@ def test_the_command_line_says_it_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = tmp_path / "profile.json"
-    records.write_json(profile, make_profile(SST2).to_dict())
+    json_files.write_json(profile, make_profile(SST2).to_dict())
     monkeypatch.setattr(os, "fsync", full)
     monkeypatch.setattr(sys, "argv", ["gelora", "plan", str(profile), "-o", str(tmp_path / "plan.json")])
     with pytest.raises(SystemExit) as caught:

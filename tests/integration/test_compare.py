@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from gelora_plugins import cli
-from gelora_plugins.compare import compare
-from gelora_plugins.compare_bench import Bench
-from gelora_plugins.compare_methods import lora
-from gelora_plugins.compare_runs import Run
-from gelora_plugins.compare_tasks import Task
-from gelora_plugins.compare_training import adapted, attempt, measure_eva, run
+from gelora_plugins.compare.allocations import lora
+from gelora_plugins.compare.bench import Bench
+from gelora_plugins.compare.record import Run
+from gelora_plugins.compare.run import compare
+from gelora_plugins.compare.task import Task
+from gelora_plugins.compare.train import adapted, attempt, measure_eva, run
 from tests.comparing import SETTINGS, UNEVEN, compare_tiny, little_garbage, rows, save_model, tiny_task, uneven
 from tests.tiny import build
 
@@ -157,7 +157,7 @@ def test_whatever_a_run_raises_is_a_reason(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("gelora_plugins.compare_training.run", fail)
+    monkeypatch.setattr("gelora_plugins.compare.train.run", fail)
     made = Run("mine", "uniform", lora(UNEVEN, bench.sites), 3, 1e-3, choosing=False)
     assert str(attempt(bench, made)).startswith(said)
     assert f"mine, uniform, seed 3, rate 0.001 failed: {said}" in caplog.text

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from gelora_plugins.compare import compare
-from gelora_plugins.compare_bench import Bench, Settings
-from gelora_plugins.compare_report import Comparison
-from gelora_plugins.compare_tasks import Task
+from gelora_plugins.compare.bench import Bench, Settings
+from gelora_plugins.compare.run import compare
+from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.compare.task import Task
 from tests.comparing import little_garbage, uneven
 from tests.exchangeable import OneSeesConfig, OneSeesModel, build_exchangeable
 
@@ -96,7 +96,7 @@ def test_an_allocation_of_exchangeable_blocks_is_equal_to_its_permutations(
     Other rows, another order of them, another head, rate or scaling would be far beyond it.
     """
     build_exchangeable(OUTPUTS).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("gelora_plugins.compare_training.get_peft_model", with_draws_of_the_rank)
+    monkeypatch.setattr("gelora_plugins.compare.train.get_peft_model", with_draws_of_the_rank)
     ids = tokens(100, 97)
     labels = torch.randn(len(ids), OUTPUTS, generator=torch.Generator().manual_seed(0))
     settings = replace(SETTINGS, rates=(3e-3,), epochs=4, margin=1e-3)

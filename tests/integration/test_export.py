@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from gelora_plugins import apply_plan, cli, select_ranks
-from gelora_plugins.export import UniformAdapter, export_uniform
+from gelora_plugins.ranks.export import UniformAdapter, export_uniform
 from tests.tiny import VOCABULARY, build
 from tests.training import layers, peft_model, rows
 

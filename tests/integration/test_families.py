@@ -11,12 +11,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, default_data_collator
 
-from gelora_plugins import GeLoRACallback, GeLoRAConfig, GeLoRAError, hookimpl, pooling, report, select_ranks
-from gelora_plugins.adapter import find_adapter
+from gelora_plugins import GeLoRACallback, GeLoRAConfig, GeLoRAError, hookimpl, select_ranks
 from gelora_plugins.errors import LayoutError
 from gelora_plugins.layout import ModelLayout, find_transformers_layout
 from gelora_plugins.plugins import plugin_manager
-from gelora_plugins.rehearsal import config_sites
+from gelora_plugins.probe import pooling
+from gelora_plugins.ranks.adapter import find_adapter
+from gelora_plugins.ranks.rehearsal import config_sites
 from tests.families import FAMILIES, FORMATS, SIZES, TEXT, VISION, Family, Format, lora, of
 from tests.probing import features_of
 from tests.tiny import VOCABULARY, build
@@ -36,7 +37,7 @@ class Steps:
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(report, "draw", lambda *args: None)
+    monkeypatch.setattr("gelora_plugins.report.rank_report.draw", lambda *args: None)
     plugin = Steps()
     plugin_manager().register(plugin)
     yield

@@ -19,13 +19,12 @@ from gelora_plugins import (
     RankPlan,
     apply_plan,
     hookimpl,
-    report,
     select_ranks,
 )
-from gelora_plugins.adapter import find_adapter
-from gelora_plugins.lora_config import matches_pattern
-from gelora_plugins.plan_check import with_plan
 from gelora_plugins.plugins import plugin_manager
+from gelora_plugins.ranks.adapter import find_adapter
+from gelora_plugins.ranks.patterns import matches_pattern
+from gelora_plugins.ranks.plan_check import with_plan
 from tests.kinds import FIRST, IN_PLACE, KINDS, PURE, ROUTES, Kind
 from tests.tiny import build
 from tests.training import Watch, peft_model, rows, saved_plan, state_of, trainer_for
@@ -44,7 +43,7 @@ class Steps:
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(report, "draw", lambda *args: None)  # half the time of a cell
+    monkeypatch.setattr("gelora_plugins.report.rank_report.draw", lambda *args: None)  # half the time
     plugin = Steps()
     plugin_manager().register(plugin)
     yield

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, RankPlan, select_ranks, with_plan
 from gelora_plugins.plugins import find_layout
-from gelora_plugins.provenance import model_fingerprint, model_name
+from gelora_plugins.probe.provenance import model_fingerprint, model_name
 from tests import plans
 from tests.tiny import build
 from tests.training import LORA, peft_model, rows, trainer_for

@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from gelora_plugins import GeLoRACallback, GeLoRAConfig, prepare_trainer, report, with_plan
-from gelora_plugins.ranks import RankPlan
+from gelora_plugins import GeLoRACallback, GeLoRAConfig, prepare_trainer, with_plan
+from gelora_plugins.ranks.plan import RankPlan
 from tests.plans import plan_for
 from tests.tiny import VOCABULARY, build
 from tests.training import LORA, arguments, ranks_by_block, rows, trainer_for
@@ -94,7 +94,9 @@ ROUTES = [in_place, add_adapter, lora_config, own_adapter, prepared, trl_callbac
 def test_the_adapter_and_the_optimizer_are_checked_at_the_first_step(
     tmp_path: Path, route: Callable[[Path], Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "draw", lambda *args: None)  # half the time of a short training
+    monkeypatch.setattr(
+        "gelora_plugins.report.rank_report.draw", lambda *args: None
+    )  # half the time of a short training
     plan = plan_for(build("llama"), RANKS, lora())
     plan.save(tmp_path / "plan.json")
     trainer = route(tmp_path)

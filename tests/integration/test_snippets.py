@@ -22,7 +22,7 @@ from trl import SFTConfig, TrlParser
 from trl.scripts import sft
 
 import gelora_plugins
-from gelora_plugins import GeLoRAConfig, RankPlan, report
+from gelora_plugins import GeLoRAConfig, RankPlan
 from gelora_plugins.cli import app
 from gelora_plugins.demo import MODEL
 from tests.readme_parts import PAGES, ROOT
@@ -54,7 +54,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.save_pretrained(tmp_path / MODEL)
     build("llama").save_pretrained(tmp_path / MODEL)
     monkeypatch.setattr(topics, "topics", dict(islice(topics.topics.items(), 16)))  # a tenth, but of single letters
-    monkeypatch.setattr(report, "draw", lambda *args: None)  # half the time of an example
+    monkeypatch.setattr("gelora_plugins.report.rank_report.draw", lambda *args: None)  # half the time
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

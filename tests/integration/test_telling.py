@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from gelora_plugins import GeLoRACallback, hookimpl, report
+from gelora_plugins import GeLoRACallback, hookimpl
 from gelora_plugins.plugins import plugin_manager
-from gelora_plugins.report import RankReport, show, write_reports
+from gelora_plugins.report.rank_report import RankReport, show, write_reports
 from tests.plans import make_plan, plan_for
 from tests.tiny import build
 from tests.training import LORA, peft_model, ranks_by_block, saved_plan, trainer_for
@@ -19,7 +19,9 @@ from tests.training import LORA, peft_model, ranks_by_block, saved_plan, trainer
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "draw", lambda *args: None)  # half the time of a short training
+    monkeypatch.setattr(
+        "gelora_plugins.report.rank_report.draw", lambda *args: None
+    )  # half the time of a short training
 
 
 def terminal(encoding: str) -> io.TextIOWrapper:

@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 
 from gelora_plugins import DimensionProfile, GeLoRACallback, GeLoRAConfig, RankPlan, cli
 from gelora_plugins.errors import ProbeError
-from gelora_plugins.rows import TokenisedRows, are_for_trl
+from gelora_plugins.probe.formats import TokenisedRows, are_for_trl
 from tests.tiny import build
 
 COUNT = 60

@@ -9,7 +9,9 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from gelora_plugins.adapter import (
+from gelora_plugins.errors import ApplyError, LayoutError, PlanError
+from gelora_plugins.layout import find_transformers_layout
+from gelora_plugins.ranks.adapter import (
     CONFIG_ROUTE,
     AppliedPlan,
     add_adapter,
@@ -19,9 +21,7 @@ from gelora_plugins.adapter import (
     has_ranks_of,
     require_adapter,
 )
-from gelora_plugins.errors import ApplyError, LayoutError, PlanError
-from gelora_plugins.layout import find_transformers_layout
-from gelora_plugins.ranks import layout_sites
+from gelora_plugins.ranks.plan import layout_sites
 from tests.kinds import KINDS
 from tests.plans import make_plan, make_profile
 from tests.tiny import build

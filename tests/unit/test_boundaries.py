@@ -2,10 +2,10 @@ import pytest
 import torch
 from skdim.id import TwoNN
 
-from gelora_plugins.boundaries import estimate_dimensions, standardised
-from gelora_plugins.dimension import DimensionEstimate
+from gelora_plugins.dimension.estimators import NeighbourEstimator, gride, mle, twonn, twonn_mle
+from gelora_plugins.dimension.measure import estimate_dimensions, standardised
+from gelora_plugins.dimension.profile import DimensionEstimate
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.estimators import NeighbourEstimator, gride, mle, twonn, twonn_mle
 from tests.points import gaussian
 
 ESTIMATORS = {"twonn": twonn, "twonn_mle": twonn_mle, "gride": gride, "mle": mle}

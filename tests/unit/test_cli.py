@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from gelora_plugins import RankPlan, cli, mistakes, records
+from gelora_plugins import RankPlan, cli, json_files, mistakes
 from gelora_plugins.errors import ConfigError
 from tests.plans import make_plan
 from tests.tiny import VOCABULARY, build
@@ -178,7 +178,7 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(
     places["broken_yaml"].write_text("a: [")
     places["binary"].write_bytes(bytes(range(256)))
     make_plan().save(places["plan"])
-    records.write_json(places["profile"], make_plan().profile.to_dict())
+    json_files.write_json(places["profile"], make_plan().profile.to_dict())
     (model / "config.toml").write_text("a")
     arguments, sentence = MISTAKES[mistake]
     places |= {"tmp": tmp_path, "model": model, "data": data}

@@ -8,10 +8,10 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from gelora_plugins.collated import compact, expand, fingerprint
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ProbeError
-from gelora_plugins.probe_set import ROWS_PER_DOCUMENT, choose_documents
+from gelora_plugins.probe.collated import compact, expand, fingerprint
+from gelora_plugins.probe.documents import ROWS_PER_DOCUMENT, choose_documents
 
 DECODER = SimpleNamespace(is_encoder_decoder=False, pad_token_id=9)
 SEQ2SEQ = SimpleNamespace(is_encoder_decoder=True, pad_token_id=9)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gelora_plugins.compare_report import Comparison
-from gelora_plugins.compare_results import Result, contrasts_of
+from gelora_plugins.compare.results import Result, contrasts_of
+from gelora_plugins.compare.summary import Comparison
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gelora_plugins.compare_tasks import load_task
+from gelora_plugins.compare.task import load_task
 from gelora_plugins.errors import ProbeError
 
 GOOD: dict[str, dict[str, Any]] = {

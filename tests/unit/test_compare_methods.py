@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gelora_plugins.compare_methods import (
+from gelora_plugins.compare.allocations import (
     METHODS,
     Method,
     Recipe,
@@ -18,7 +18,7 @@ from gelora_plugins.compare_methods import (
     spread,
 )
 from gelora_plugins.errors import ConfigError, PlanError
-from gelora_plugins.ranks import Site
+from gelora_plugins.ranks.plan import Site
 from tests.plans import make_plan
 
 SITES = tuple(Site(f"layers.{i}", 56) for i in range(6))

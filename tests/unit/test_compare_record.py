@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from gelora_plugins import cli
-from gelora_plugins.compare import compare, design
-from gelora_plugins.compare_bench import Bench, Settings
-from gelora_plugins.compare_methods import Recipe, lora
-from gelora_plugins.compare_report import Comparison
-from gelora_plugins.compare_runs import Record, Run, locked, read_lines
-from gelora_plugins.compare_tasks import Task
+from gelora_plugins.compare.allocations import Recipe, lora
+from gelora_plugins.compare.bench import Bench, Settings
+from gelora_plugins.compare.record import Record, Run, locked, read_lines
+from gelora_plugins.compare.run import compare, design
+from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.compare.task import Task
 from gelora_plugins.errors import ConfigError, PlanError, ProbeError, WriteError
 from tests.comparing import SETTINGS, UNEVEN, compare_tiny, result, rows, said, save_model, tiny_task, uneven
 from tests.plans import make_plan
@@ -47,7 +47,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Say:
             asked.append(made)
             return attempt(bench, made)
 
-        monkeypatch.setattr("gelora_plugins.compare.attempt", watched)
+        monkeypatch.setattr("gelora_plugins.compare.run.attempt", watched)
         return asked
 
     return say
@@ -137,12 +137,12 @@ def test_everything_that_a_score_depends_on_makes_another_run(
     assert key not in {key_with(epochs=2), key_with(rows_per_seed=40), key_with(task=tiny_task(max_length=99))}
     assert key not in {replace(made, seed=1).key(bench.identity), replace(made, choosing=True).key(bench.identity)}
     with monkeypatch.context() as patch:
-        patch.setattr("gelora_plugins.compare_bench.device", lambda: "NVIDIA H100")
+        patch.setattr("gelora_plugins.compare.bench.device", lambda: "NVIDIA H100")
         assert key != key_with()
     for package in ("gelora", "torch", "transformers", "peft"):
         with monkeypatch.context() as patch:
             others = {**bench.identity["versions"], package: "9.9"}
-            patch.setattr("gelora_plugins.compare_bench.versions", lambda others=others: others)
+            patch.setattr("gelora_plugins.compare.bench.versions", lambda others=others: others)
             assert key != key_with(), package
 
 
@@ -152,7 +152,7 @@ def test_runs_of_another_version_are_not_taken_and_a_warning_says_so(
     say(said(usual))
     compare_tiny(model, tmp_path, PLAIN)
     assert not caplog.records
-    monkeypatch.setattr("gelora_plugins.compare_bench.versions", lambda: {"gelora": "9.9"})
+    monkeypatch.setattr("gelora_plugins.compare.bench.versions", lambda: {"gelora": "9.9"})
     asked = say(said(usual))
     with caplog.at_level(logging.WARNING):
         compare_tiny(model, tmp_path, PLAIN)

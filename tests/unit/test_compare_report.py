@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gelora_plugins.compare_bench import Settings
-from gelora_plugins.compare_report import CAVEAT, CAVEAT_DRAWN, Comparison
-from gelora_plugins.compare_runs import Run
+from gelora_plugins.compare.bench import Settings
+from gelora_plugins.compare.record import Run
+from gelora_plugins.compare.summary import CAVEAT, CAVEAT_DRAWN, Comparison
 from tests.comparing import SETTINGS, compare_tiny, said, save_model, tiny_task
 
 PLAIN = replace(SETTINGS, methods=("plan", "uniform", "permuted", "grid"), grid=(2, 8))
@@ -32,7 +32,7 @@ def made(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`made(score, settings, task)`: the comparison of those scores, in tmp_path."""
 
     def make(score: Any = usual, settings: Settings = PLAIN, **task: Any) -> Comparison:
-        monkeypatch.setattr("gelora_plugins.compare.attempt", said(score))
+        monkeypatch.setattr("gelora_plugins.compare.run.attempt", said(score))
         return compare_tiny(model, tmp_path, settings, tiny_task(**task))
 
     return make

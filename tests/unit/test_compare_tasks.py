@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gelora_plugins.compare_bench import Bench, Settings
-from gelora_plugins.compare_tasks import IGNORED_LABEL, SCORES, Collator, Task, encode, evaluate, split_fifth
+from gelora_plugins.compare.bench import Bench, Settings
+from gelora_plugins.compare.task import IGNORED_LABEL, SCORES, Collator, Task, encode, evaluate, split_fifth
 from gelora_plugins.errors import ConfigError, ProbeError
 
 ROWS = [{"text": f"a {i}", "label": "yes" if i % 2 else "no"} for i in range(20)]

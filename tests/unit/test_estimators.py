@@ -12,8 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binom
 from skdim.id import MLE, TwoNN
 
-from gelora_plugins.errors import DimensionError
-from gelora_plugins.estimators import (
+from gelora_plugins.dimension.estimators import (
     NeighbourEstimator,
     dimension_at_scales,
     gride,
@@ -22,8 +21,9 @@ from gelora_plugins.estimators import (
     twonn,
     twonn_mle,
 )
+from gelora_plugins.dimension.halves import VARIANCE_FACTOR, half_distances, halves, list_length
+from gelora_plugins.errors import DimensionError
 from gelora_plugins.plugins import find
-from gelora_plugins.resampling import VARIANCE_FACTOR, half_distances, halves, list_length
 from tests.points import brute_force, gaussian
 from tests.reference.clean_sets import checksum, clean_sets
 
@@ -168,7 +168,7 @@ def test_the_halves_leave_the_random_state_alone():
 
 @pytest.mark.parametrize("k", [2, 4, 10])
 def test_distances_inside_a_half_are_those_of_the_half_alone(monkeypatch, k):
-    monkeypatch.setattr("gelora_plugins.resampling._CHUNK", 1000)  # a few halves at a time
+    monkeypatch.setattr("gelora_plugins.dimension.halves._CHUNK", 1000)  # a few halves at a time
     points = gaussian(300, 5)
     rows = halves(300, 0)
     inside = torch.cat(list(half_distances(mle.search(points), rows, k)))

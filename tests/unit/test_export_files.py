@@ -11,9 +11,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gelora_plugins import export
 from gelora_plugins.errors import ConfigError, ExportError, GeLoRAError, PlanError, WriteError
-from gelora_plugins.export import export_uniform
+from gelora_plugins.ranks import export
+from gelora_plugins.ranks.export import export_uniform
 
 CONFIG = {
     "peft_type": "LORA",

@@ -10,12 +10,12 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from gelora_plugins import pooling
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
-from gelora_plugins.features import input_device
 from gelora_plugins.layout import Block, ModelLayout, find_transformers_layout
-from gelora_plugins.probe_set import choose_documents
+from gelora_plugins.probe import pooling
+from gelora_plugins.probe.documents import choose_documents
+from gelora_plugins.probe.hidden_states import input_device
 from tests import probing
 from tests.tiny import BLOCKS, VOCABULARY, build
 

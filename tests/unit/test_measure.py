@@ -8,7 +8,7 @@ import torch
 
 from gelora_plugins import GeLoRAConfig, measure, pipeline
 from gelora_plugins.errors import DimensionError, ProbeError
-from gelora_plugins.probe_set import choose_documents
+from gelora_plugins.probe.documents import choose_documents
 from tests.tiny import VOCABULARY, build
 from tests.training import rows
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from gelora_plugins import neighbours
+from gelora_plugins.dimension import neighbours
+from gelora_plugins.dimension.neighbours import find_neighbours, neighbour_distances, repeats
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.neighbours import find_neighbours, neighbour_distances, repeats
 from tests.points import brute_force, gaussian
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from gelora_plugins import records
-from gelora_plugins.dimension import DimensionEstimate, DimensionProfile
+from gelora_plugins import json_files
+from gelora_plugins.dimension.profile import DimensionEstimate, DimensionProfile
 from gelora_plugins.errors import GeLoRAError, PlanError
-from gelora_plugins.ranks import RankPlan, Site, layout_sites
+from gelora_plugins.ranks.plan import RankPlan, Site, layout_sites
 from tests.plans import SST2, make_plan, make_profile, make_sites
 
 PLAN = make_plan(dimensions=(None, *SST2[1:]), replicates=2, rank_changes=(0.0, 0.5, 1.0, 0.25, 0.0, 1.0))
@@ -320,7 +320,7 @@ def test_what_is_not_json(tmp_path, text):
 
 
 def test_a_file_that_is_too_long_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(json_files, "MAX_BYTES", 1 << 20)
     assert "has more than 1 MB; expected a record of GeLoRA" in damaged(tmp_path, " " * (1 << 20) + "{}")
 
 
@@ -503,7 +503,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 def test_what_json_cannot_say_is_not_written(tmp_path, value):
     path = tmp_path / "value.json"
     with pytest.raises((ValueError, TypeError)):
-        records.write_json(path, value)
+        json_files.write_json(path, value)
     assert os.listdir(tmp_path) == []
 
 

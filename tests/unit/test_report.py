@@ -7,9 +7,10 @@ import pytest
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
-from gelora_plugins import records, report
-from gelora_plugins.ranks import RankPlan, Site
-from gelora_plugins.report import RankReport, draw
+from gelora_plugins import json_files
+from gelora_plugins.ranks.plan import RankPlan, Site
+from gelora_plugins.report import rank_report
+from gelora_plugins.report.rank_report import RankReport, draw
 from tests.plans import SST2, make_plan
 
 CHANGES = (0.0, 0.04, 0.05, 0.06, 0.5, 1.0)
@@ -70,7 +71,7 @@ def test_the_saved_report_holds_the_changes(tmp_path):
 
 def test_numbers_of_a_list_are_written_in_one_line(tmp_path):
     value = {"a": [1, 2.5, -1e-30], "b": [[1, 2], ["[\n 1,\n 2\n]"]], "c": [None, 1], "d": [], "e": [{"x": [1]}]}
-    records.write_json(tmp_path / "value.json", value)
+    json_files.write_json(tmp_path / "value.json", value)
     text = (tmp_path / "value.json").read_text()
     assert json.loads(text) == value
     assert '"a": [ 1, 2.5, -1e-30 ]' in text
@@ -112,6 +113,6 @@ def test_the_picture_is_drawn_with_and_without_what_is_unsure(plan, tmp_path):
 
 def test_a_surer_rank_has_a_stronger_bar():
     axes = Figure().subplots()
-    report._draw_ranks(SURE, axes)
+    rank_report._draw_ranks(SURE, axes)
     strengths = [bar.get_facecolor()[3] for bar in axes.containers[0]]
     assert strengths == pytest.approx([1 - 0.75 * change for change in CHANGES])

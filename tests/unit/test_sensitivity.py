@@ -9,7 +9,7 @@ import torch
 from gelora_plugins import GeLoRAConfig, measure, plugins
 from gelora_plugins.errors import DimensionError, ProbeError
 from gelora_plugins.hookspecs import hookimpl
-from gelora_plugins.policies import budget, gelora
+from gelora_plugins.ranks.policies import budget, gelora
 from gelora_plugins.sensitivity import (
     Outcome,
     Sensitivity,

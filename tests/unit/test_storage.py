@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gelora_plugins.dimension.estimators import twonn_mle
 from gelora_plugins.errors import ProbeError
-from gelora_plugins.estimators import twonn_mle
-from gelora_plugins.storage import KINDS, FeatureStore, own_pages
+from gelora_plugins.probe.point_store import KINDS, FeatureStore, own_pages
 
 SIZES = (5, 3, 4)  # of the batches
 FEATURES = (6, 6, 9)  # at each boundary

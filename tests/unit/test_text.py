@@ -10,8 +10,8 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from gelora_plugins.compare_report import Comparison
-from gelora_plugins.report import RankReport, draw
+from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.report.rank_report import RankReport, draw
 from gelora_plugins.text import label, markdown, printable
 from tests.unit.test_report import renamed
 

@@ -11,7 +11,7 @@ from gelora_plugins.layout import unwrap
 if TYPE_CHECKING:
     from torch import nn
 
-    from gelora_plugins.dimension import DimensionProfile
+    from gelora_plugins.dimension.profile import DimensionProfile
     from gelora_plugins.layout import Block, ModelLayout
 
 SAMPLE = 64  # weights of a block

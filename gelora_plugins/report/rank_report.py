@@ -13,14 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gelora_plugins import records
+from gelora_plugins import json_files
 from gelora_plugins.text import label, markdown, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gelora_plugins.dimension import DimensionProfile
-    from gelora_plugins.ranks import RankPlan
+    from gelora_plugins.dimension.profile import DimensionProfile
+    from gelora_plugins.ranks.plan import RankPlan
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class RankReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values: the plan, the totals, and the versions of the packages that made it."""
         return {
-            "schema": records.SCHEMA,
+            "schema": json_files.SCHEMA,
             "kind": "rank_report",
             "plan": self.plan.to_dict(),
             "lora_parameters": {"uniform": self.plan.num_base_parameters, "planned": self.plan.num_parameters},
@@ -85,8 +85,8 @@ class RankReport:
         """Write plan.json, report.json, report.md and, where matplotlib is installed, ranks.png; return the paths."""
         directory = Path(output_dir)
         self.plan.save(directory / "plan.json")
-        records.write_json(directory / "report.json", self.to_dict())
-        records.write_text(directory / "report.md", self.to_markdown())
+        json_files.write_json(directory / "report.json", self.to_dict())
+        json_files.write_text(directory / "report.md", self.to_markdown())
         paths = [directory / name for name in ("plan.json", "report.json", "report.md")]
         if importlib.util.find_spec("matplotlib") is not None:
             paths.append(directory / "ranks.png")
@@ -244,7 +244,7 @@ def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     below.set_xlabel("block (each boundary lies between two blocks)")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)
-    records.write_bytes(path, drawn.getvalue())
+    json_files.write_bytes(path, drawn.getvalue())
 
 
 def _draw_dimensions(profile: DimensionProfile, axes: Any) -> None:

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from gelora_plugins.compare_methods import Recipe
+from gelora_plugins.compare.allocations import Recipe
 from gelora_plugins.errors import PlanError, WriteError
-from gelora_plugins.report import versions
+from gelora_plugins.report.rank_report import versions
 
 
 @dataclass(frozen=True)

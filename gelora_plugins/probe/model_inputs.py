@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gelora_plugins.errors import ProbeError
 from gelora_plugins.layout import ModelLayout
-from gelora_plugins.probe_set import IGNORED_LABEL, SEQUENCES_IN_A_ROW, Batch
+from gelora_plugins.probe.documents import IGNORED_LABEL, SEQUENCES_IN_A_ROW, Batch
 
 
 def accepted_inputs(root: nn.Module, layout: ModelLayout) -> list[str]:

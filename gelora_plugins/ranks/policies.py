@@ -8,9 +8,9 @@ from typing import Any
 
 from gelora_plugins import plugins
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.dimension import DimensionProfile, growth
+from gelora_plugins.dimension.profile import DimensionProfile, growth
 from gelora_plugins.errors import DimensionError, PlanError
-from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.ranks.plan import RankPlan, Site
 
 Policy = Callable[[DimensionProfile, Sequence[Site], int, GeLoRAConfig], Sequence[int]]
 

@@ -10,11 +10,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from gelora_plugins.adapter import Adapter
 from gelora_plugins.errors import LayoutError
 from gelora_plugins.layout import ModelLayout
-from gelora_plugins.lora_config import check_countable
-from gelora_plugins.ranks import Site
+from gelora_plugins.ranks.adapter import Adapter
+from gelora_plugins.ranks.patterns import check_countable
+from gelora_plugins.ranks.plan import Site
 
 # What of a configuration reads weights, or makes other matrices, and has no say in which modules get an adapter.
 PLAIN: dict[str, Any] = {"init_lora_weights": True, "use_dora": False, "kasa_config": None, "use_bdlora": None}

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gelora_plugins.compare_bench import Bench, quiet
-from gelora_plugins.compare_methods import TOLERANCE, Recipe
-from gelora_plugins.compare_runs import Run
-from gelora_plugins.compare_tasks import evaluate, split_fifth
+from gelora_plugins.compare.allocations import TOLERANCE, Recipe
+from gelora_plugins.compare.bench import Bench, quiet
+from gelora_plugins.compare.record import Run
+from gelora_plugins.compare.task import evaluate, split_fifth
 from gelora_plugins.errors import PlanError
 
 RHO = 2.0  # EVA may give a module up to this many times its even share; the best value of its paper

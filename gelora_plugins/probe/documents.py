@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from gelora_plugins.collated import NOT_TEXT, batch_maker, compact, describe, fingerprint
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ProbeError
+from gelora_plugins.probe.collated import NOT_TEXT, batch_maker, compact, describe, fingerprint
 
 ROWS_PER_DOCUMENT = 10  # rows read at most for each document wanted: bounds the search where most rows repeat
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}  # files that a collator opens

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gelora_plugins.dimension import MIN_POINTS, DimensionEstimate
+from gelora_plugins.dimension.estimators import NeighbourEstimator
+from gelora_plugins.dimension.halves import halves
+from gelora_plugins.dimension.neighbours import Neighbours, find_neighbours, repeats
+from gelora_plugins.dimension.profile import MIN_POINTS, DimensionEstimate
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.estimators import NeighbourEstimator
-from gelora_plugins.neighbours import Neighbours, find_neighbours, repeats
-from gelora_plugins.resampling import halves
 
 ROGUE_SHARE = 0.5  # of the variance in one coordinate; from there on distances are mostly its own
 

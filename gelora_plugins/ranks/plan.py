@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from gelora_plugins import records
-from gelora_plugins.dimension import DimensionProfile
+from gelora_plugins import json_files
+from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
 
@@ -31,7 +31,7 @@ class Site:
 
     def most(self, base_rank: int) -> int:
         """The largest rank to choose here: what the matrices hold, or the user's own `r` where that is more."""
-        return records.MAX_INT if self.max_rank is None else max(self.max_rank, base_rank)
+        return json_files.MAX_INT if self.max_rank is None else max(self.max_rank, base_rank)
 
     @property
     def pattern(self) -> str:
@@ -81,7 +81,7 @@ class RankPlan:
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.sites) or not self.sites:
             raise PlanError(f"A plan has {len(self.ranks)} ranks for {len(self.sites)} sites; expected one each.")
-        if not (1 <= self.base_rank <= MAX_RANK and 0 < self.lora_alpha <= records.MAX_INT):
+        if not (1 <= self.base_rank <= MAX_RANK and 0 < self.lora_alpha <= json_files.MAX_INT):
             raise PlanError(
                 f"r is {self.base_rank} and lora_alpha is {self.lora_alpha}; expected positive numbers, r no more "
                 f"than {MAX_RANK}."
@@ -102,11 +102,11 @@ class RankPlan:
         if len(self.rank_changes) not in (0, len(self.sites)):
             raise PlanError(f"A plan has {len(self.rank_changes)} rank changes for {len(self.sites)} sites.")
         for share in self.rank_changes:
-            if not (records.is_number(share) and 0 <= share <= 1):
+            if not (json_files.is_number(share) and 0 <= share <= 1):
                 raise PlanError(f"A rank change is {share!r:.80}; expected a share of redraws, 0 to 1.")
 
     def __str__(self) -> str:
-        from gelora_plugins.report import plan_table, render
+        from gelora_plugins.report.rank_report import plan_table, render
 
         return render(plan_table(self))
 
@@ -195,12 +195,12 @@ class RankPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        records.write_json(path, self.to_dict())
+        json_files.write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. Raises PlanError, with the path, when the file is missing or damaged."""
-        data = records.read_json(path)
+        data = json_files.read_json(path)
         try:
             return cls.from_dict(data)
         except PlanError as error:
@@ -209,7 +209,7 @@ class RankPlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, with the schema number."""
         return {
-            "schema": records.SCHEMA,
+            "schema": json_files.SCHEMA,
             "kind": "rank_plan",
             **asdict(self),
             "profile": self.profile.to_dict(),
@@ -218,7 +218,7 @@ class RankPlan:
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Inverse of `to_dict`. Raises PlanError when a value is missing, of the wrong type or out of range."""
-        get = records.reader(data, "plan", kind="rank_plan")
+        get = json_files.reader(data, "plan", kind="rank_plan")
         return cls(
             sites=tuple(_site_from_dict(site) for site in get("sites", list)),
             ranks=tuple(get("ranks", list)),
@@ -233,7 +233,7 @@ class RankPlan:
 
 
 def _site_from_dict(data: Mapping[str, Any]) -> Site:
-    get = records.reader(data, "site", keys=[field.name for field in fields(Site)])
+    get = json_files.reader(data, "site", keys=[field.name for field in fields(Site)])
     return Site(get("name", str), get("parameters_per_rank", int), get("max_rank", int, null=True, since=True))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from gelora_plugins.errors import ApplyError, LayoutError, PlanError
 from gelora_plugins.layout import ModelLayout
-from gelora_plugins.ranks import RankPlan
+from gelora_plugins.ranks.plan import RankPlan
 
 IN_PLACE_ROUTE = (
     "Make the adapter first, with get_peft_model(model, config); GeLoRA then gives it its ranks in place, with "

@@ -15,11 +15,11 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from gelora_plugins.errors import ApplyError, LayoutError
-from gelora_plugins.features import cuda_devices
 from gelora_plugins.layout import ModelLayout, unwrap
-from gelora_plugins.lora_config import matches_pattern, planned_config, users_config, with_patterns
 from gelora_plugins.plugins import find_layout
-from gelora_plugins.ranks import RankPlan, Site, layout_sites
+from gelora_plugins.probe.hidden_states import cuda_devices
+from gelora_plugins.ranks.patterns import matches_pattern, planned_config, users_config, with_patterns
+from gelora_plugins.ranks.plan import RankPlan, Site, layout_sites
 
 # PEFT 0.21: every other `init_lora_weights` reads or rewrites the base weight, a second time if run again, or
 # (False, "orthogonal") makes lora_B other than 0, so that a fresh adapter cannot be told from a trained one.

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gelora_plugins import records
-from gelora_plugins.compare_methods import GRID
-from gelora_plugins.compare_results import Contrast, Gap, Result, contrasts_of, read_task
-from gelora_plugins.compare_stats import NOT_TOLD
+from gelora_plugins import json_files
+from gelora_plugins.compare.allocations import GRID
+from gelora_plugins.compare.results import Contrast, Gap, Result, contrasts_of, read_task
+from gelora_plugins.compare.stats import NOT_TOLD
 from gelora_plugins.errors import PlanError
 from gelora_plugins.text import markdown
 
@@ -110,7 +110,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return {
-            "schema": records.SCHEMA,
+            "schema": json_files.SCHEMA,
             "kind": "comparison_summary",
             "tasks": [
                 {**experiment["task"], "model": experiment["model"], "settings": experiment["settings"]}
@@ -160,10 +160,10 @@ class Comparison:
         """Write comparison.json, comparison.md and, where matplotlib is installed, pareto.png and patterns.png."""
         directory = Path(folder)
         paths = [directory / "comparison.json", directory / "comparison.md"]
-        records.write_json(paths[0], self.to_dict())
-        records.write_text(paths[1], self.to_markdown())
+        json_files.write_json(paths[0], self.to_dict())
+        json_files.write_text(paths[1], self.to_markdown())
         if importlib.util.find_spec("matplotlib") is not None:
-            from gelora_plugins.compare_pictures import draw_pareto, draw_patterns
+            from gelora_plugins.compare.pictures import draw_pareto, draw_patterns
 
             paths += [directory / "pareto.png", directory / "patterns.png"]
             draw_pareto(self, paths[2])

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from gelora_plugins.compare_methods import METHODS, check_methods
-from gelora_plugins.compare_runs import digest
-from gelora_plugins.compare_tasks import Collator, Task, encode
+from gelora_plugins.compare.allocations import METHODS, check_methods
+from gelora_plugins.compare.record import digest
+from gelora_plugins.compare.task import Collator, Task, encode
 from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
 from gelora_plugins.layout import Linear, ModelLayout
 from gelora_plugins.plugins import find_layout
-from gelora_plugins.ranks import Site, layout_sites
-from gelora_plugins.report import versions
+from gelora_plugins.ranks.plan import Site, layout_sites
+from gelora_plugins.report.rank_report import versions
 
 _TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16", "rows_per_seed")
 _VERSIONS = ("gelora", "torch", "transformers", "peft")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gelora_plugins.neighbours import Neighbours
+from gelora_plugins.dimension.neighbours import Neighbours
 
 NUM_HALVES = 100  # the spread of 100 estimates is known to 1 part in sqrt(2 * 100), 7 %
 # The variance of the full estimate over the variance among halves. For a smooth statistic it is 1. A half has other

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gelora_plugins.errors import ConfigError, PlanError
-from gelora_plugins.ranks import RankPlan, Site
+from gelora_plugins.ranks.plan import RankPlan, Site
 
 TOLERANCE = 0.01  # LoRA parameters of the methods of a row may differ by this share, and no more
 GRID = "uniform r = "

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from gelora_plugins import records
-from gelora_plugins.compare_bench import Bench, Settings
-from gelora_plugins.compare_methods import Method, Recipe, Row, grid_rows, plan_row
-from gelora_plugins.compare_report import Comparison
-from gelora_plugins.compare_runs import Record, Run, choosing_runs, digest, locked, worth_of_rates
-from gelora_plugins.compare_tasks import Task, check_name
-from gelora_plugins.compare_training import attempt, measure_eva
-from gelora_plugins.compare_workers import side_by_side
+from gelora_plugins import json_files
+from gelora_plugins.compare.allocations import Method, Recipe, Row, grid_rows, plan_row
+from gelora_plugins.compare.bench import Bench, Settings
+from gelora_plugins.compare.record import Record, Run, choosing_runs, digest, locked, worth_of_rates
+from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.compare.task import Task, check_name
+from gelora_plugins.compare.train import attempt, measure_eva
+from gelora_plugins.compare.workers import side_by_side
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.dimension import DimensionProfile
+from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.pipeline import measure
-from gelora_plugins.policies import make_plan
-from gelora_plugins.ranks import RankPlan
+from gelora_plugins.ranks.plan import RankPlan
+from gelora_plugins.ranks.policies import make_plan
 
 logger = logging.getLogger(__name__)
 BYTES_PER_TRAINED = 16  # float32 weight, gradient, and AdamW's two moments
@@ -83,7 +83,7 @@ def _check_same_task(bench: Bench) -> None:
     path = bench.folder / "experiment.json"
     if not path.is_file():
         return
-    there, here = records.read_json(path), bench.identity
+    there, here = json_files.read_json(path), bench.identity
     recorded = there.get("identity", {})
     same_model = there.get("model") == _short(bench.model) or recorded.get("model") == here["model"]
     if not same_model or recorded.get("task") != here["task"]:
@@ -122,10 +122,10 @@ def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers:
         at = [(made, rates[made.row, made.method]) for made in plain]
         finals = [replace(made, rate=rate) for made, rate in at if rate is not None]
         path = bench.folder / "experiment.json"
-        records.write_json(path, _experiment(bench, rows, facts, finals, rates, record.failures))
+        json_files.write_json(path, _experiment(bench, rows, facts, finals, rates, record.failures))
         record.make(finals, workers, bar)
         if record.failures:
-            records.write_json(path, _experiment(bench, rows, facts, finals, rates, record.failures))
+            json_files.write_json(path, _experiment(bench, rows, facts, finals, rates, record.failures))
 
 
 def _runs(rows: Sequence[Row], settings: Settings) -> tuple[list[Run], list[Run]]:
@@ -165,10 +165,10 @@ def measured(bench: Bench, config: GeLoRAConfig, *, progress: bool = True) -> Di
     """The dimension profile of the training rows of `bench`: measured once, then read."""
     path = bench.cache / f"profile-{digest(config.to_dict())[:12]}.json"
     if path.is_file():
-        return DimensionProfile.from_dict(records.read_json(path))
+        return DimensionProfile.from_dict(json_files.read_json(path))
     rows = [{name: row[name] for name in row if name != "labels"} for row in bench.train]
     profile = measure(bench.load(0), rows, config, layout=bench.layout, progress=progress)
-    records.write_json(path, profile.to_dict())
+    json_files.write_json(path, profile.to_dict())
     return profile
 
 
@@ -236,7 +236,7 @@ def _experiment(
     for made in finals:
         keys.setdefault((made.row, made.method), []).append(made.key(bench.identity))
     return {
-        "schema": records.SCHEMA,
+        "schema": json_files.SCHEMA,
         "kind": "comparison",
         "task": {
             "name": task.name,

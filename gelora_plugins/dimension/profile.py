@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from gelora_plugins import records
+from gelora_plugins import json_files
 from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
 
@@ -47,7 +47,7 @@ class DimensionEstimate:
         if self.replicates:
             if self.value is None:
                 raise PlanError("An estimate without a value has replicates; expected none.")
-            wrong = [x for x in self.replicates if not (records.is_number(x) and x > 0)]
+            wrong = [x for x in self.replicates if not (json_files.is_number(x) and x > 0)]
             if wrong or len(self.replicates) < 2:
                 raise PlanError(
                     f"The replicates of an estimate are {len(self.replicates)} values"
@@ -65,10 +65,10 @@ class DimensionEstimate:
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Inverse of `dataclasses.asdict`. Raises PlanError for anything else."""
-        get = records.reader(data, "estimate")
+        get = json_files.reader(data, "estimate")
         interval = get("interval", list, null=True)
         if interval is not None:
-            if len(interval) != 2 or not all(records.is_number(x) for x in interval):
+            if len(interval) != 2 or not all(json_files.is_number(x) for x in interval):
                 raise PlanError(f"estimate.interval is {interval!r}; expected two numbers.")
             interval = (float(interval[0]), float(interval[1]))
         return cls(
@@ -136,7 +136,7 @@ class DimensionProfile:
         if self.target_std_error is not None and not self.target_std_error > 0:
             raise PlanError(f"target_std_error is {self.target_std_error!r}; expected a positive number or None.")
         for name, value in (self.options or {}).items():
-            if not (value is None or isinstance(value, bool | str) or records.is_number(value)):
+            if not (value is None or isinstance(value, bool | str) or json_files.is_number(value)):
                 raise PlanError(f"The option {name} of a profile is {value!r:.80}; expected a number, a word or None.")
 
     def growth(self) -> tuple[float | None, ...]:
@@ -212,12 +212,12 @@ class DimensionProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values, with the schema number."""
-        return {"schema": records.SCHEMA, "kind": "dimension_profile", **asdict(self)}
+        return {"schema": json_files.SCHEMA, "kind": "dimension_profile", **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Inverse of `to_dict`. Raises PlanError when a value is missing, of the wrong type or out of range."""
-        get = records.reader(data, "profile", kind="dimension_profile", keys=[field.name for field in fields(cls)])
+        get = json_files.reader(data, "profile", kind="dimension_profile", keys=[field.name for field in fields(cls)])
         return cls(
             layout=ModelLayout.from_dict(get("layout", dict)),
             estimates=tuple(DimensionEstimate.from_dict(e) for e in get("estimates", list)),

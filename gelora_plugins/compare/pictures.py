@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from gelora_plugins.compare_stats import pareto
+from gelora_plugins.compare.stats import pareto
 from gelora_plugins.text import label
 
 if TYPE_CHECKING:
-    from gelora_plugins.compare_report import Comparison
+    from gelora_plugins.compare.summary import Comparison
 
 
 def draw_pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gelora_plugins import records
+from gelora_plugins import json_files
 from gelora_plugins.errors import ConfigError, ExportError, WriteError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -132,7 +132,7 @@ def _read_config(source: Path) -> dict[str, Any]:
                 else "the directory that save_pretrained of PEFT wrote."
             )
         )
-    config = records.read_json(path)
+    config = json_files.read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ExportError(f"{path} has the PEFT type {found!r}; expected 'LORA'.")
@@ -153,7 +153,7 @@ def _read_config(source: Path) -> dict[str, Any]:
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
         numbers += pattern.values() if isinstance(pattern, dict) else [pattern]
-    if not all(records.is_number(number) and abs(number) <= MOST for number in numbers):
+    if not all(json_files.is_number(number) and abs(number) <= MOST for number in numbers):
         raise ExportError(
             f"{path}: r, lora_alpha and the values of rank_pattern and alpha_pattern must be numbers, none above "
             f"{MOST:,}."
@@ -291,7 +291,7 @@ def _write(target: Path, config: dict[str, Any], tensors: dict[str, Tensor], met
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
             whole = Path(temporary, "adapter")  # with the rights that the user gives new directories
-            records.write_text(whole / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+            json_files.write_text(whole / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_file(tensors, whole / WEIGHTS, metadata=metadata)
             with open(whole / WEIGHTS, "rb") as file:
                 os.fsync(file.fileno())

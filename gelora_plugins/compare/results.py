@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gelora_plugins import records
-from gelora_plugins.compare_methods import GRID, Recipe
-from gelora_plugins.compare_runs import choosing_runs, diverged, read_lines, worth_of_rates
-from gelora_plugins.compare_stats import NOT_TOLD, Difference, holm, mean_interval, paired_difference, verdict
+from gelora_plugins import json_files
+from gelora_plugins.compare.allocations import GRID, Recipe
+from gelora_plugins.compare.record import choosing_runs, diverged, read_lines, worth_of_rates
+from gelora_plugins.compare.stats import NOT_TOLD, Difference, holm, mean_interval, paired_difference, verdict
 from gelora_plugins.errors import PlanError
 
 CONTROLS = ("uniform", "permuted", "reversed", "eva", "adalora")
@@ -110,7 +110,7 @@ def read_task(path: Path) -> tuple[Mapping[str, Any], list[Result], list[Gap]]:
     Raises:
         PlanError: one of the files is damaged.
     """
-    experiment = records.read_json(path)
+    experiment = json_files.read_json(path)
     lines = read_lines(path.with_name("runs.jsonl"))
     try:
         if experiment["kind"] != "comparison":

@@ -6,17 +6,17 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gelora_plugins.adapter import planned_ranks, require_adapter
 from gelora_plugins.errors import PlanError
-from gelora_plugins.lora_config import planned_config, users_config, without_plan
 from gelora_plugins.plugins import find_layout
-from gelora_plugins.rehearsal import config_sites
+from gelora_plugins.ranks.adapter import planned_ranks, require_adapter
+from gelora_plugins.ranks.patterns import planned_config, users_config, without_plan
+from gelora_plugins.ranks.rehearsal import config_sites
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
-    from gelora_plugins.ranks import RankPlan
+    from gelora_plugins.ranks.plan import RankPlan
 
 
 def with_plan(config: LoraConfig, plan: RankPlan, model: nn.Module | None = None) -> LoraConfig:

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
-from gelora_plugins.inputs import backbone_inputs, fit_mask, token_masks
 from gelora_plugins.layout import HOW_TO_REGISTER, OWN_RANKS, ModelLayout, unwrap
-from gelora_plugins.probe_set import Batch, ProbeSet
-from gelora_plugins.processes import ALONE, Processes, blaming
-from gelora_plugins.storage import FeatureStore, own_pages
+from gelora_plugins.probe.distributed import ALONE, Processes, blaming
+from gelora_plugins.probe.documents import Batch, ProbeSet
+from gelora_plugins.probe.model_inputs import backbone_inputs, fit_mask, token_masks
+from gelora_plugins.probe.point_store import FeatureStore, own_pages
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gelora_plugins.dimension import MIN_POINTS, DimensionEstimate
+from gelora_plugins.dimension.halves import VARIANCE_FACTOR, half_distances, halves, list_length
+from gelora_plugins.dimension.neighbours import Neighbours, find_neighbours
+from gelora_plugins.dimension.profile import MIN_POINTS, DimensionEstimate
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.neighbours import Neighbours, find_neighbours
-from gelora_plugins.resampling import VARIANCE_FACTOR, half_distances, halves, list_length
 
 KEPT_FRACTION = 0.9  # the largest tenth of the mu depends most on the density not being constant (Facco et al., 2017)
 

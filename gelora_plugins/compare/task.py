@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gelora_plugins import records
+from gelora_plugins import json_files
 from gelora_plugins.errors import ConfigError, ProbeError
-from gelora_plugins.rows import load_rows, row_of, text_of
+from gelora_plugins.probe.formats import load_rows, row_of, text_of
 
 IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index
 METRICS = {  # the first is the default
@@ -174,7 +174,7 @@ def _check(row: Row, kind: str) -> None:
         raise ProbeError(f"label is {label!r:.80}; expected a whole number or text for {kind}.")
     if kind == "regression":
         numbers = label if isinstance(label, list) and label else [label]
-        if not all(records.is_number(number) for number in numbers):
+        if not all(json_files.is_number(number) for number in numbers):
             raise ProbeError(f"label is {label!r:.80}; expected a finite number, or a list of them, for {kind}.")
 
 

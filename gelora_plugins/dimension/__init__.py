@@ -1,0 +1,1 @@
+"""Points -> the intrinsic dimension at every block boundary, with its error."""

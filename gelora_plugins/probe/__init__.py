@@ -1,0 +1,1 @@
+"""Rows of the training set -> points: the hidden states of chosen documents at every block boundary."""

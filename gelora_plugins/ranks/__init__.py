@@ -1,0 +1,1 @@
+"""A profile of dimensions -> one LoRA rank per block -> an adapter that has them."""
