@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from gelora_plugins.report.rank_report import versions
+from gelora_plugins.report.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -10,7 +10,7 @@ from machine import RESULTS, record
 
 from gelora_plugins import RankPlan
 from gelora_plugins.demo import MODEL, smollm2
-from gelora_plugins.report.rank_report import draw
+from gelora_plugins.report.pictures import draw
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gelora_plugins import GeLoRAConfig
 from gelora_plugins.dimension.estimators import twonn_mle
 from gelora_plugins.dimension.measure import estimate_dimensions
-from gelora_plugins.layout import find_transformers_layout
 from gelora_plugins.probe.documents import choose_documents
+from gelora_plugins.probe.find_blocks import find_transformers_layout
 from gelora_plugins.probe.hidden_states import read_documents
 from gelora_plugins.probe.point_store import FeatureStore
 from gelora_plugins.probe.pooling import mean

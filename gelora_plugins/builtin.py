@@ -39,7 +39,7 @@ def register_rank_policies() -> dict[str, Any]:
 
 @hookimpl(trylast=True)
 def find_model_layout(model: "nn.Module") -> "ModelLayout":
-    from gelora_plugins.layout import find_transformers_layout
+    from gelora_plugins.probe.find_blocks import find_transformers_layout
 
     return find_transformers_layout(model)
 

@@ -194,7 +194,7 @@ def plan(
     from gelora_plugins import json_files
     from gelora_plugins.dimension.profile import DimensionProfile
     from gelora_plugins.ranks.plan import layout_sites
-    from gelora_plugins.ranks.policies import make_plan
+    from gelora_plugins.ranks.planning import make_plan
 
     measured = DimensionProfile.from_dict(json_files.read_json(profile))
     names = [name.strip() for name in target_modules.split(",")]
@@ -349,13 +349,14 @@ def _list(text: str, kind: Any) -> tuple[Any, ...]:
 
 
 def _show(plan: Any) -> None:
-    from gelora_plugins.report.rank_report import RankReport, plan_table
+    from gelora_plugins.report.rank_report import RankReport
+    from gelora_plugins.report.table import plan_table
 
     _print(plan_table(plan), RankReport(plan).lines())
 
 
 def _print(table: Any, lines: list[str]) -> None:
-    from gelora_plugins.report.rank_report import render
+    from gelora_plugins.report.table import render
 
     typer.echo(render(table))
     for line in lines:

@@ -14,18 +14,21 @@ from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.measure import estimate_dimensions
 from gelora_plugins.dimension.profile import MIN_POINTS, DimensionProfile
 from gelora_plugins.errors import DimensionError
-from gelora_plugins.layout import ModelLayout, unwrap
+from gelora_plugins.layout import ModelLayout
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.probe import generators
 from gelora_plugins.probe.distributed import ALONE, Processes, blaming
 from gelora_plugins.probe.documents import NO_DOCUMENTS, Collator, ProbeSet, choose_documents
-from gelora_plugins.probe.hidden_states import Autocast, leaving_no_trace, read_documents
+from gelora_plugins.probe.find_blocks import unwrap
+from gelora_plugins.probe.hidden_states import Autocast, read_documents
 from gelora_plugins.probe.model_inputs import accepted_inputs
+from gelora_plugins.probe.no_trace import leaving_no_trace
 from gelora_plugins.probe.point_store import FeatureStore
 from gelora_plugins.probe.provenance import origin, other_model
-from gelora_plugins.ranks.adapter import find_adapter
+from gelora_plugins.ranks.find_adapter import find_adapter
 from gelora_plugins.ranks.plan import RankPlan, Site
-from gelora_plugins.ranks.policies import check_dimensions, make_plan
+from gelora_plugins.ranks.planning import make_plan
+from gelora_plugins.ranks.policies import check_dimensions
 from gelora_plugins.ranks.rehearsal import config_sites
 
 if TYPE_CHECKING:

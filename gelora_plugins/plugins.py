@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from importlib import import_module
 from importlib.metadata import entry_points
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -31,11 +32,9 @@ def plugin_manager() -> pluggy.PluginManager:
     Raises:
         PluginError: a plugin does not load, or has a hook that does not exist; it is named.
     """
-    from gelora_plugins import builtin
-
     manager = pluggy.PluginManager("gelora")
     manager.add_hookspecs(hookspecs)
-    manager.register(builtin, BUILT_INS)
+    manager.register(import_module("gelora_plugins.builtin"), BUILT_INS)  # by name, as those of others
     for entry in entry_points(group="gelora"):
         try:
             manager.register(entry.load(), entry.name)

@@ -18,11 +18,12 @@ from gelora_plugins.config import ROUNDINGS, GeLoRAConfig
 from gelora_plugins.dimension.measure import estimate_dimensions
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import GeLoRAError, ProbeError
-from gelora_plugins.layout import unwrap
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.probe.documents import Collator, choose_documents
-from gelora_plugins.probe.hidden_states import Pooling, leaving_no_trace, read_documents
+from gelora_plugins.probe.find_blocks import unwrap
+from gelora_plugins.probe.hidden_states import Pooling, read_documents
 from gelora_plugins.probe.model_inputs import accepted_inputs
+from gelora_plugins.probe.no_trace import leaving_no_trace
 from gelora_plugins.probe.point_store import FeatureStore
 from gelora_plugins.probe.provenance import origin
 from gelora_plugins.ranks.plan import Site, layout_sites
@@ -89,7 +90,7 @@ class Sensitivity:
     base_rank: int
 
     def __str__(self) -> str:
-        from gelora_plugins.report.rank_report import render
+        from gelora_plugins.report.table import render
 
         return render(self.table())
 

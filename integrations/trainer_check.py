@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from gelora_plugins.errors import PlanError, TooLateError
-from gelora_plugins.ranks.adapter import has_ranks_of, require_adapter
+from gelora_plugins.ranks.adapter import has_ranks_of
+from gelora_plugins.ranks.find_adapter import require_adapter
 from gelora_plugins.ranks.plan_check import check_plan
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-    from gelora_plugins.ranks.adapter import Adapter
+    from gelora_plugins.ranks.find_adapter import Adapter
 
     from .transformers import RankSelection
 

@@ -24,20 +24,12 @@ from gelora_plugins.pipeline import select_ranks
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.probe.distributed import ALONE, Processes, blaming
 from gelora_plugins.probe.provenance import other_model
-from gelora_plugins.ranks.adapter import (
-    IN_PLACE_INITS,
-    AppliedPlan,
-    add_adapter,
-    apply_config,
-    apply_plan,
-    find_adapter,
-    has_ranks_of,
-    require_adapter,
-)
+from gelora_plugins.ranks.adapter import AppliedPlan, add_adapter, apply_config, apply_plan, has_ranks_of
+from gelora_plugins.ranks.find_adapter import IN_PLACE_INITS, find_adapter, require_adapter
 from gelora_plugins.ranks.patterns import check_initialisation, without_plan
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.plan_check import check_plan, with_plan
-from gelora_plugins.ranks.policies import make_plan
+from gelora_plugins.ranks.planning import make_plan
 
 from .checkpoint import PLAN, Checkpoint
 from .telling import is_at, tell

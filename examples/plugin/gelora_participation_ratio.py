@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gelora_plugins import Block, DimensionEstimate, ModelLayout, hookimpl
-from gelora_plugins.layout import linears_of
+from gelora_plugins.probe.find_blocks import linears_of
 
 
 def participation_ratio(points: Tensor) -> DimensionEstimate:

@@ -22,7 +22,7 @@ from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
 from gelora_plugins.layout import Linear, ModelLayout
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.ranks.plan import Site, layout_sites
-from gelora_plugins.report.rank_report import versions
+from gelora_plugins.report.versions import versions
 
 _TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16", "rows_per_seed")
 _VERSIONS = ("gelora", "torch", "transformers", "peft")

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from gelora_plugins.compare.allocations import Recipe
 from gelora_plugins.errors import PlanError, WriteError
-from gelora_plugins.report.rank_report import versions
+from gelora_plugins.report.versions import versions
 
 
 @dataclass(frozen=True)

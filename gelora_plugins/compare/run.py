@@ -26,7 +26,7 @@ from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.pipeline import measure
 from gelora_plugins.ranks.plan import RankPlan
-from gelora_plugins.ranks.policies import make_plan
+from gelora_plugins.ranks.planning import make_plan
 
 logger = logging.getLogger(__name__)
 BYTES_PER_TRAINED = 16  # float32 weight, gradient, and AdamW's two moments

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
@@ -16,10 +14,12 @@ from tqdm.auto import tqdm
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
-from gelora_plugins.layout import HOW_TO_REGISTER, OWN_RANKS, ModelLayout, unwrap
+from gelora_plugins.layout import ModelLayout
 from gelora_plugins.probe.distributed import ALONE, Processes, blaming
 from gelora_plugins.probe.documents import Batch, ProbeSet
+from gelora_plugins.probe.find_blocks import HOW_TO_REGISTER, OWN_RANKS, unwrap
 from gelora_plugins.probe.model_inputs import backbone_inputs, fit_mask, token_masks
+from gelora_plugins.probe.no_trace import leaving_no_trace
 from gelora_plugins.probe.point_store import FeatureStore, own_pages
 
 logger = logging.getLogger(__name__)
@@ -37,32 +37,6 @@ NOT_TOKENS = (
     "GeLoRA cannot measure blocks that pass on anything else than one vector for each token of the inputs, in their "
     f"order. {OWN_RANKS.removeprefix('Or ').capitalize()}"
 )
-
-
-@contextmanager
-def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; on exit every train/eval flag and all random state are as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    model.eval()
-    for module in model.modules():
-        # bitsandbytes 0.50: outside training a 4-bit layer repacks its weight for the CPU (with AVX-512 BF16), for good
-        # and rounded; from then on no gradient passes through it, without any error. It has nothing to switch off.
-        if type(module).__module__.startswith("bitsandbytes."):
-            module.training = True
-    try:
-        with torch.random.fork_rng(devices=cuda_devices()), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def cuda_devices() -> list[int]:
-    """The CUDA devices whose random state can have been used: all of them once CUDA is awake."""
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
 
 def read_documents(

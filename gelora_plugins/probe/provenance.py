@@ -6,7 +6,7 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from gelora_plugins.layout import unwrap
+from gelora_plugins.probe.find_blocks import unwrap
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,6 +11,7 @@ from gelora_plugins import json_files
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
+from gelora_plugins.text import printable
 
 MAX_RANK = 2**16  # no linear map of a model that is trained today has a side that is longer
 
@@ -106,9 +107,14 @@ class RankPlan:
                 raise PlanError(f"A rank change is {share!r:.80}; expected a share of redraws, 0 to 1.")
 
     def __str__(self) -> str:
-        from gelora_plugins.report.rank_report import plan_table, render
-
-        return render(plan_table(self))
+        """Totals, and one line for each site; the report has the whole table."""
+        width = max(len(printable(site.name)) for site in self.sites)
+        ranks = (f"{printable(s.name):<{width}}  {rank}\n" for s, rank in zip(self.sites, self.ranks, strict=True))
+        return (
+            f"LoRA ranks by the policy {printable(self.policy)}: {self.num_parameters:,} parameters, "
+            f"{self.num_base_parameters:,} at r = {self.base_rank}. Scaling {self.scaling:g} everywhere.\n"
+            + "".join(ranks)
+        )
 
     def full_sites(self) -> tuple[Site, ...]:
         """The sites that got the largest rank which their matrices can hold, and more than `base_rank`."""

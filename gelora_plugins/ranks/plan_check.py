@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from gelora_plugins.errors import PlanError
 from gelora_plugins.plugins import find_layout
-from gelora_plugins.ranks.adapter import planned_ranks, require_adapter
+from gelora_plugins.ranks.adapter import planned_ranks
+from gelora_plugins.ranks.find_adapter import require_adapter
 from gelora_plugins.ranks.patterns import planned_config, users_config, without_plan
 from gelora_plugins.ranks.rehearsal import config_sites
 

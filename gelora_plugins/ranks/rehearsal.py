@@ -12,7 +12,7 @@ from torch import nn
 
 from gelora_plugins.errors import LayoutError
 from gelora_plugins.layout import ModelLayout
-from gelora_plugins.ranks.adapter import Adapter
+from gelora_plugins.ranks.find_adapter import Adapter
 from gelora_plugins.ranks.patterns import check_countable
 from gelora_plugins.ranks.plan import Site
 

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import logging
 import os
-import platform
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gelora_plugins import json_files
-from gelora_plugins.text import label, markdown, printable
+from gelora_plugins.report.pictures import draw
+from gelora_plugins.report.table import COLUMNS, cells, plan_table, render
+from gelora_plugins.report.versions import versions
+from gelora_plugins.text import markdown, printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from gelora_plugins.dimension.profile import DimensionProfile
     from gelora_plugins.ranks.plan import RankPlan
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("gelora", "torch", "transformers", "peft", "trl", "axolotl")
-_COLUMNS = ("block", "dimension in", "dimension out", "rank", "may differ", "parameters")
 _UNSURE = 0.05  # a rank that changes in more redraws than this counts as unsure
 
 
@@ -76,8 +71,8 @@ class RankReport:
 
     def to_markdown(self) -> str:
         """The table and the lines below it."""
-        rows = [_COLUMNS, tuple("---" for _ in _COLUMNS)]
-        rows += [(markdown(name), *numbers) for name, *numbers in _rows(self.plan)]
+        rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
+        rows += [(markdown(name), *numbers) for name, *numbers in cells(self.plan)]
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         return f"# LoRA ranks by GeLoRA\n\n{table}\n\n" + "".join(f"{markdown(line)}\n\n" for line in self.lines())
 
@@ -132,17 +127,6 @@ def write_reports(report: RankReport, output_dir: str | os.PathLike[str]) -> Non
             )
 
 
-def versions() -> dict[str, str]:
-    """Python, and the packages of this project that are installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _fullness(plan: RankPlan) -> list[str]:
     """Which ranks were held to what the matrices can hold, and what that leaves of a budget."""
     full = plan.full_sites()
@@ -170,111 +154,3 @@ def _sureness(plan: RankPlan) -> list[str]:
         f"documents, in which the policy chooses another rank. It is above {_UNSURE:.0%} at {unsure} of "
         f"{len(plan.ranks)} blocks.",
     ]
-
-
-def _rows(plan: RankPlan) -> list[tuple[str, ...]]:
-    profile = plan.profile
-    at = dict(zip((block.name for block in profile.layout.blocks), profile.layout.block_boundaries(), strict=True))
-    rows: list[tuple[str, ...]] = []
-    changes = plan.rank_changes or (None,) * len(plan.ranks)
-    for site, rank, change in zip(plan.sites, plan.ranks, changes, strict=True):
-        before, after = at[site.name]
-        rows.append(
-            (
-                site.name,
-                str(profile.estimates[before]),
-                str(profile.estimates[after]),
-                str(rank),
-                "-" if change is None else f"{change:.0%}",
-                f"{rank * site.parameters_per_rank:,}",
-            )
-        )
-    return rows
-
-
-def plan_table(plan: RankPlan) -> Table:
-    """The plan as a rich table: block, dimension in and out with interval, rank and how sure it is, LoRA parameters."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title="LoRA ranks by GeLoRA\n", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False
-    )
-    for column in _COLUMNS:
-        head = column.replace(" ", "\n")  # narrow: with names of 15 letters a line has less than 80 columns
-        table.add_column(head, justify="left" if column == "block" else "right", no_wrap=True)
-    for row in _rows(plan):
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    table.add_section()
-    mean = sum(plan.ranks) / len(plan.ranks)
-    table.add_row("all (mean rank)", "", "", f"{mean:.2f}", "", f"{plan.num_parameters:,}")
-    return table
-
-
-def render(table: Table) -> str:
-    """A rich table as plain text, as wide as its cells are: rich cuts names to fit a narrow terminal."""
-    from rich.console import Console
-
-    text = io.StringIO()
-    Console(file=text, width=10**6, color_system=None).print(table)
-    return text.getvalue()
-
-
-def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
-    """The dimension at every boundary with its interval above, the ranks below, as PNG, SVG or PDF by the suffix.
-
-    A rank is the paler, the more of the redraws have another.
-
-    Raises:
-        ImportError: matplotlib is not installed (`pip install "gelora[plot]"`).
-    """
-    from matplotlib.figure import Figure  # no pyplot: no window, no global state, whatever backend the user has
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    profile = plan.profile
-    _draw_dimensions(profile, above)
-    _draw_ranks(plan, below)
-    title = (
-        f"{profile.layout.model_type}: {profile.num_documents} documents, {profile.pooling} pooling, "
-        f"{profile.estimator}; ranks by {plan.policy}"
-    )
-    above.set_title(label(title))
-    below.set_xlabel("block (each boundary lies between two blocks)")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)
-    json_files.write_bytes(path, drawn.getvalue())
-
-
-def _draw_dimensions(profile: DimensionProfile, axes: Any) -> None:
-    first = 0
-    for stack in profile.layout.stacks:
-        boundaries = range(first, first + len(stack) + 1)
-        known = [(b, e) for b in boundaries if (e := profile.estimates[b]).value is not None]
-        x = [b - 0.5 for b, _ in known]
-        axes.plot(x, [e.value for _, e in known], color="tab:blue", marker="o", markersize=3)
-        intervals = [(b - 0.5, *e.interval) for b, e in known if e.interval is not None]
-        if intervals:
-            axes.fill_between(*zip(*intervals, strict=True), color="tab:blue", alpha=0.2, linewidth=0)
-        first += len(stack) + 1
-    axes.set_ylabel("intrinsic dimension")
-
-
-def _draw_ranks(plan: RankPlan, axes: Any) -> None:
-    at = dict(zip((b.name for b in plan.profile.layout.blocks), plan.profile.layout.block_boundaries(), strict=True))
-    bars = axes.bar([at[site.name][0] for site in plan.sites], plan.ranks, color="tab:orange", width=0.8)
-    for bar, change in zip(bars, plan.rank_changes, strict=bool(plan.rank_changes)):
-        bar.set_alpha(_paleness(change))
-    if plan.rank_changes:
-        for change in (0.0, 0.5, 1.0):
-            axes.bar(0, 0, color="tab:orange", alpha=_paleness(change), label=f"{change:.0%}")
-        axes.legend(title="may differ", ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
-    axes.axhline(plan.base_rank, color="gray", linestyle="--", linewidth=1)
-    axes.text(1.0, plan.base_rank, f" r = {plan.base_rank}", transform=axes.get_yaxis_transform(), color="gray")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylabel("LoRA rank")
-
-
-def _paleness(change: float) -> float:
-    return 1 - 0.75 * change

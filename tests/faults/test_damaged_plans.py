@@ -14,7 +14,7 @@ from gelora_plugins import GeLoRAConfig, RankPlan, apply_plan, json_files, selec
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import GeLoRAError, PlanError
 from gelora_plugins.ranks.plan import layout_sites
-from gelora_plugins.ranks.policies import make_plan
+from gelora_plugins.ranks.planning import make_plan
 from tests.training import peft_model, ranks_by_block, rows, state_of
 
 COUNT = 200

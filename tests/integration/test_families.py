@@ -13,10 +13,11 @@ from transformers import Trainer, default_data_collator
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, GeLoRAError, hookimpl, select_ranks
 from gelora_plugins.errors import LayoutError
-from gelora_plugins.layout import ModelLayout, find_transformers_layout
+from gelora_plugins.layout import ModelLayout
 from gelora_plugins.plugins import plugin_manager
 from gelora_plugins.probe import pooling
-from gelora_plugins.ranks.adapter import find_adapter
+from gelora_plugins.probe.find_blocks import find_transformers_layout
+from gelora_plugins.ranks.find_adapter import find_adapter
 from gelora_plugins.ranks.rehearsal import config_sites
 from tests.families import FAMILIES, FORMATS, SIZES, TEXT, VISION, Family, Format, lora, of
 from tests.probing import features_of

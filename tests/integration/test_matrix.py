@@ -22,7 +22,7 @@ from gelora_plugins import (
     select_ranks,
 )
 from gelora_plugins.plugins import plugin_manager
-from gelora_plugins.ranks.adapter import find_adapter
+from gelora_plugins.ranks.find_adapter import find_adapter
 from gelora_plugins.ranks.patterns import matches_pattern
 from gelora_plugins.ranks.plan_check import with_plan
 from tests.kinds import FIRST, IN_PLACE, KINDS, PURE, ROUTES, Kind

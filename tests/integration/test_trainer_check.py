@@ -12,8 +12,9 @@ from transformers import Trainer
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, hookimpl
 from gelora_plugins.errors import ApplyError, TooLateError
-from gelora_plugins.layout import Block, ModelLayout, find_transformers_layout
+from gelora_plugins.layout import Block, ModelLayout
 from gelora_plugins.plugins import plugin_manager
+from gelora_plugins.probe.find_blocks import find_transformers_layout
 from tests.plans import plan_for
 from tests.tiny import build
 from tests.training import (

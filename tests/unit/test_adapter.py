@@ -10,17 +10,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from gelora_plugins.errors import ApplyError, LayoutError, PlanError
-from gelora_plugins.layout import find_transformers_layout
-from gelora_plugins.ranks.adapter import (
-    CONFIG_ROUTE,
-    AppliedPlan,
-    add_adapter,
-    apply_config,
-    apply_plan,
-    find_adapter,
-    has_ranks_of,
-    require_adapter,
-)
+from gelora_plugins.probe.find_blocks import find_transformers_layout
+from gelora_plugins.ranks.adapter import AppliedPlan, add_adapter, apply_config, apply_plan, has_ranks_of
+from gelora_plugins.ranks.find_adapter import CONFIG_ROUTE, find_adapter, require_adapter
 from gelora_plugins.ranks.plan import layout_sites
 from tests.kinds import KINDS
 from tests.plans import make_plan, make_profile

@@ -12,9 +12,10 @@ from torch import nn
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
-from gelora_plugins.layout import Block, ModelLayout, find_transformers_layout
+from gelora_plugins.layout import Block, ModelLayout
 from gelora_plugins.probe import pooling
 from gelora_plugins.probe.documents import choose_documents
+from gelora_plugins.probe.find_blocks import find_transformers_layout
 from gelora_plugins.probe.hidden_states import input_device
 from tests import probing
 from tests.tiny import BLOCKS, VOCABULARY, build

@@ -10,8 +10,9 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from gelora_plugins.errors import LayoutError, PlanError
 from gelora_plugins.hookspecs import hookimpl
-from gelora_plugins.layout import Block, Linear, ModelLayout, find_transformers_layout
+from gelora_plugins.layout import Block, Linear, ModelLayout
 from gelora_plugins.plugins import find_layout, plugin_manager
+from gelora_plugins.probe.find_blocks import find_transformers_layout
 from tests.probing import features_of
 from tests.tiny import BLOCKS, DECODER_BLOCKS, VOCABULARY, build
 

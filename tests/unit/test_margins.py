@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gelora_plugins import GeLoRAConfig, RankPlan, select_ranks
-from gelora_plugins.ranks.policies import make_plan
+from gelora_plugins.ranks.planning import make_plan
 from tests.training import peft_model, rows
 
 # The dimensions that one processor measures differ from another's by their float32 points, which is up to 1e-6 of each.

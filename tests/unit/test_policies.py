@@ -9,7 +9,8 @@ from gelora_plugins import plugins
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, DimensionError, PlanError
 from gelora_plugins.hookspecs import hookimpl
-from gelora_plugins.ranks.policies import budget, check_dimensions, gelora, make_plan, needs, uniform
+from gelora_plugins.ranks.planning import make_plan
+from gelora_plugins.ranks.policies import budget, check_dimensions, gelora, needs, uniform
 from gelora_plugins.report.rank_report import RankReport
 from tests.plans import SST2, make_profile, make_sites
 

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ProbeError
-from gelora_plugins.layout import find_transformers_layout
 from gelora_plugins.probe import pooling
 from gelora_plugins.probe.documents import ROWS_PER_DOCUMENT, choose_documents
+from gelora_plugins.probe.find_blocks import find_transformers_layout
 from tests.probing import features_of
 from tests.tiny import build
 

@@ -157,9 +157,12 @@ def test_a_configuration_with_the_same_scaling_may_have_another_r():
         make_plan(use_rslora=True).check_scaling(64, 8, True)
 
 
-def test_a_plan_reads_as_its_table():
-    plan = make_plan()
-    assert all(site.name in str(plan) for site in plan.sites)
+def test_a_plan_prints_its_totals_and_one_line_for_each_site():
+    first, *lines = str(make_plan()).splitlines()
+    assert first.startswith("LoRA ranks by the policy gelora: ")
+    assert [line.split() for line in lines] == [
+        [site.name, str(rank)] for site, rank in zip(make_plan().sites, make_plan().ranks, strict=True)
+    ]
 
 
 def test_the_sites_of_a_layout_are_its_blocks_with_targets_at_the_cost_of_these():

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from gelora_plugins import json_files
 from gelora_plugins.ranks.plan import RankPlan, Site
 from gelora_plugins.report import rank_report
-from gelora_plugins.report.rank_report import RankReport, draw
+from gelora_plugins.report.pictures import draw
+from gelora_plugins.report.rank_report import RankReport
 from tests.plans import SST2, make_plan
 
 CHANGES = (0.0, 0.04, 0.05, 0.06, 0.5, 1.0)

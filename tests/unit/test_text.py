@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from gelora_plugins.compare.summary import Comparison
-from gelora_plugins.report.rank_report import RankReport, draw
+from gelora_plugins.report.pictures import draw
+from gelora_plugins.report.rank_report import RankReport
 from gelora_plugins.text import label, markdown, printable
 from tests.unit.test_report import renamed
 

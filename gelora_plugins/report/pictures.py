@@ -1,0 +1,74 @@
+"""The picture of a plan: dimensions above, ranks below. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gelora_plugins import json_files
+from gelora_plugins.text import label
+
+if TYPE_CHECKING:
+    from gelora_plugins.dimension.profile import DimensionProfile
+    from gelora_plugins.ranks.plan import RankPlan
+
+
+def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
+    """The dimension at every boundary with its interval above, the ranks below, as PNG, SVG or PDF by the suffix.
+
+    A rank is the paler, the more of the redraws have another.
+
+    Raises:
+        ImportError: matplotlib is not installed (`pip install "gelora[plot]"`).
+    """
+    from matplotlib.figure import Figure  # no pyplot: no window, no global state, whatever backend the user has
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    profile = plan.profile
+    _draw_dimensions(profile, above)
+    _draw_ranks(plan, below)
+    title = (
+        f"{profile.layout.model_type}: {profile.num_documents} documents, {profile.pooling} pooling, "
+        f"{profile.estimator}; ranks by {plan.policy}"
+    )
+    above.set_title(label(title))
+    below.set_xlabel("block (each boundary lies between two blocks)")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)
+    json_files.write_bytes(path, drawn.getvalue())
+
+
+def _draw_dimensions(profile: DimensionProfile, axes: Any) -> None:
+    first = 0
+    for stack in profile.layout.stacks:
+        boundaries = range(first, first + len(stack) + 1)
+        known = [(b, e) for b in boundaries if (e := profile.estimates[b]).value is not None]
+        x = [b - 0.5 for b, _ in known]
+        axes.plot(x, [e.value for _, e in known], color="tab:blue", marker="o", markersize=3)
+        intervals = [(b - 0.5, *e.interval) for b, e in known if e.interval is not None]
+        if intervals:
+            axes.fill_between(*zip(*intervals, strict=True), color="tab:blue", alpha=0.2, linewidth=0)
+        first += len(stack) + 1
+    axes.set_ylabel("intrinsic dimension")
+
+
+def _draw_ranks(plan: RankPlan, axes: Any) -> None:
+    at = dict(zip((b.name for b in plan.profile.layout.blocks), plan.profile.layout.block_boundaries(), strict=True))
+    bars = axes.bar([at[site.name][0] for site in plan.sites], plan.ranks, color="tab:orange", width=0.8)
+    for bar, change in zip(bars, plan.rank_changes, strict=bool(plan.rank_changes)):
+        bar.set_alpha(_paleness(change))
+    if plan.rank_changes:
+        for change in (0.0, 0.5, 1.0):
+            axes.bar(0, 0, color="tab:orange", alpha=_paleness(change), label=f"{change:.0%}")
+        axes.legend(title="may differ", ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
+    axes.axhline(plan.base_rank, color="gray", linestyle="--", linewidth=1)
+    axes.text(1.0, plan.base_rank, f" r = {plan.base_rank}", transform=axes.get_yaxis_transform(), color="gray")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("LoRA rank")
+
+
+def _paleness(change: float) -> float:
+    return 1 - 0.75 * change
