@@ -396,7 +396,3 @@ def main() -> None:
             raise
         typer.echo(f"gelora: {printable(said)}", err=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
