@@ -17,7 +17,7 @@ from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ApplyError, ConfigError, PlanError
 
 if TYPE_CHECKING:
-    from gelora_plugins.integrations.transformers import RankSelection
+    from gelora_plugins.integrations.selection import RankSelection
     from peft import LoraConfig
     from transformers import Trainer
 
@@ -128,7 +128,7 @@ class GeLoRAPlugin(BasePlugin):
                 "are. Remove lora_model_dir to start a new adapter with chosen ranks."
             )
             return
-        from gelora_plugins.integrations.trainer_check import is_sharded
+        from gelora_plugins.integrations.sharding import is_sharded
         from gelora_plugins.integrations.transformers import prepare_trainer
 
         config = read_section(cfg)

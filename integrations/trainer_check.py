@@ -11,12 +11,14 @@ from gelora_plugins.ranks.adapter import has_ranks_of
 from gelora_plugins.ranks.find_adapter import require_adapter
 from gelora_plugins.ranks.plan_check import check_plan
 
+from .sharding import is_sharded
+
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from gelora_plugins.ranks.find_adapter import Adapter
 
-    from .transformers import RankSelection
+    from .selection import RankSelection
 
 WAYS_OUT = (
     "Make it of all the adapter's parameters (those that are not to be trained: requires_grad_(False)), or pass "
@@ -89,19 +91,3 @@ def _parameters(adapter: Adapter) -> list[tuple[str, Any]]:
         for key, parameter in adapter.parameters(layer)
         if parameter.requires_grad
     ]
-
-
-def is_sharded(trainer: Trainer) -> bool:
-    """Whether parameters are, or will be, spread over processes: in place none of them can be resized."""
-    return bool(trainer.is_fsdp_enabled or is_zero3(trainer) or is_loaded_sharded(trainer))
-
-
-def is_zero3(trainer: Trainer) -> bool:
-    """Whether DeepSpeed ZeRO-3 partitions the parameters, which are empty then."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and plugin.zero_stage == 3
-
-
-def is_loaded_sharded(trainer: Trainer) -> bool:
-    """Whether `from_pretrained(distributed_config=...)` sharded the model (transformers 5.20 to 5.23)."""
-    return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))

@@ -31,9 +31,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "gelora_plugins.report.rank_report.draw", lambda *args: None
-    )  # half the time of a short training
+    monkeypatch.setattr("gelora_plugins.report.rank_report.draw", lambda *args: None)  # half the time
 
 
 def start(model: Any, directory: Path, callback: TrainerCallback | None = None, **options: Any) -> Trainer:

@@ -94,9 +94,7 @@ ROUTES = [in_place, add_adapter, lora_config, own_adapter, prepared, trl_callbac
 def test_the_adapter_and_the_optimizer_are_checked_at_the_first_step(
     tmp_path: Path, route: Callable[[Path], Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "gelora_plugins.report.rank_report.draw", lambda *args: None
-    )  # half the time of a short training
+    monkeypatch.setattr("gelora_plugins.report.rank_report.draw", lambda *args: None)  # half the time
     plan = plan_for(build("llama"), RANKS, lora())
     plan.save(tmp_path / "plan.json")
     trainer = route(tmp_path)

@@ -19,9 +19,7 @@ from tests.training import LORA, peft_model, ranks_by_block, saved_plan, trainer
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "gelora_plugins.report.rank_report.draw", lambda *args: None
-    )  # half the time of a short training
+    monkeypatch.setattr("gelora_plugins.report.rank_report.draw", lambda *args: None)  # half the time
 
 
 def terminal(encoding: str) -> io.TextIOWrapper:

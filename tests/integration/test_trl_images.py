@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from gelora_plugins.integrations.transformers import _collator
+from gelora_plugins.integrations.training_rows import collator_of
 from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -98,7 +98,7 @@ def test_pairs_with_images_are_planned_and_trained(trainer: DPOTrainer, tmp_path
 def test_the_first_of_each_pair_is_read_with_its_image(trainer: DPOTrainer) -> None:
     rows = [trainer.train_dataset[i] for i in range(3)]
     kept = [dict(row) for row in rows]
-    batch = _collator(trainer)(rows)
+    batch = collator_of(trainer)(rows)
     assert rows == kept
     tokenizer = trainer.processing_class.tokenizer
     for row, read, pixels in zip(pairs(), batch["input_ids"], batch["pixel_values"], strict=False):

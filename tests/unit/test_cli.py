@@ -308,7 +308,7 @@ def test_a_fault_of_the_program_is_no_sentence(monkeypatch: pytest.MonkeyPatch, 
         raise KeyError("a fault")
 
     make_plan().save(tmp_path / "plan.json")
-    monkeypatch.setattr(cli, "_show", fault)
+    monkeypatch.setattr("gelora_plugins.cli.report.show", fault)
     monkeypatch.setattr(sys, "argv", ["gelora", "report", str(tmp_path / "plan.json")])
     with pytest.raises(KeyError, match="a fault"):
         cli.main()

@@ -1,0 +1,89 @@
+"""`gelora compare`: what a plan is worth at equal parameters."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gelora_plugins.cli.options import listed
+from gelora_plugins.errors import ConfigError
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of the pretrained model.")],
+    data: Annotated[str, typer.Argument(help="JSONL, Parquet or CSV file, or hub id, of the training data.")],
+    task: Annotated[str, typer.Option(help="classification, regression or causal-lm.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the comparison; a run that is recorded there is kept.")
+    ] = Path("comparison"),
+    test: Annotated[str | None, typer.Option(help="Test rows; a fifth of DATA if not given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the task, and of its folder; that of the file if not given.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="accuracy, mcc, f1, spearman or loss; the task's usual one.")] = "",
+    plan: Annotated[list[Path] | None, typer.Option(help="Saved plans to compare, instead of GeLoRA's.")] = None,
+    methods: Annotated[str, typer.Option(help="Which of them, with commas; all if not given.")] = "",
+    rank: Annotated[int, typer.Option(help="Your own r: the budget.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, or the endings of module names, with commas: q_proj,v_proj.")
+    ] = "all-linear",
+    grid: Annotated[str, typer.Option(help="Uniform ranks to compare with, with commas.")] = "1,2,4,8,16,32",
+    seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 5,
+    rates: Annotated[str, typer.Option(help="Learning rates to choose from, with commas.")] = "3e-4,1e-3,3e-3,1e-2",
+    rate_seeds: Annotated[int, typer.Option(help="Runs for each rate.")] = 3,
+    bf16: Annotated[bool, typer.Option(help="Train and score in bfloat16 mixed precision.")] = False,
+    epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row; what is longer is cut there.")] = 128,
+    train_rows: Annotated[int | None, typer.Option(help="How many training rows to draw; all if not given.")] = None,
+    rows_per_seed: Annotated[
+        int | None, typer.Option(help="How many of the training rows each seed draws for itself; all if not given.")
+    ] = None,
+    test_rows: Annotated[int | None, typer.Option(help="How many test rows to draw; all if not given.")] = None,
+    margin: Annotated[
+        float, typer.Option(help="Methods are equal where they differ by no more, with 95 % confidence; in hundredths.")
+    ] = 0.0,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+) -> None:
+    """Compare: GeLoRA, uniform, permuted, EVA, AdaLoRA at equal parameters, on your model and data."""
+    from dataclasses import replace
+
+    from gelora_plugins.compare.allocations import METHODS
+    from gelora_plugins.compare.bench import Settings
+    from gelora_plugins.compare.run import compare as run
+    from gelora_plugins.compare.task import load_task
+    from gelora_plugins.ranks.plan import RankPlan
+
+    settings = Settings(
+        rank, alpha, target_modules, listed(methods, str) or METHODS, listed(grid, int), seeds, listed(rates, float)
+    )
+    settings = replace(settings, rate_seeds=rate_seeds, rows_per_seed=rows_per_seed, epochs=epochs)
+    settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16)
+    sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
+    plans = _by_name(plan, RankPlan.load) if plan else None
+    loaded = load_task(name or Path(data).name.lstrip(".").split(".")[0], task, data, test, metric=metric, **sizes)
+    found = run(model, loaded, output, settings, plans=plans, jobs=jobs, progress=sys.stderr.isatty())
+    typer.echo(found.table(loaded.name))
+    for line in found.lines():
+        typer.echo(line)
+    for path in found.write(output):
+        typer.echo(f"-> {path}")
+    if any(gap.unfinished and gap.task == loaded.name for gap in found.gaps):
+        raise typer.Exit(1)
+
+
+def _by_name(files: list[Path], load: Any) -> dict[str, Any]:
+    """What is loaded from files, by their names without the ending."""
+    found: dict[str, Path] = {}
+    for path in files:
+        if path.stem in found:
+            raise ConfigError(
+                f"Two plans are called {path.stem!r}: {found[path.stem]} and {path}. Copy one to a file of another "
+                "name; the name of the file is that of its row."
+            )
+        found[path.stem] = path
+    return {name: load(path) for name, path in found.items()}

@@ -1,0 +1,49 @@
+"""`gelora plan`: a profile -> ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gelora_plugins.cli.options import MOST_RANK, default_of, help_of
+from gelora_plugins.cli.shown import show
+from gelora_plugins.config import GeLoRAConfig
+from gelora_plugins.errors import LayoutError
+
+
+def plan(
+    profile: Annotated[Path, typer.Argument(help="What gelora probe wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
+    policy: Annotated[str, typer.Option(help=help_of("policy"))] = default_of("policy"),
+    rounding: Annotated[str, typer.Option(help=help_of("rounding"))] = default_of("rounding"),
+    rank: Annotated[
+        int, typer.Option(min=1, max=MOST_RANK, help="Your own r: the budget, and what the scaling is measured by.")
+    ] = 8,
+    alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
+    rslora: Annotated[bool, typer.Option(help="Rank-stabilised LoRA: scaling is alpha / sqrt(r).")] = False,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, or the endings of module names, with commas: q_proj,v_proj.")
+    ] = "all-linear",
+) -> None:
+    """Choose: a profile -> one rank per block, for LoraConfig or GeLoRACallback(plan=...). Needs no model."""
+    from gelora_plugins import json_files
+    from gelora_plugins.dimension.profile import DimensionProfile
+    from gelora_plugins.ranks.plan import layout_sites
+    from gelora_plugins.ranks.planning import make_plan
+
+    measured = DimensionProfile.from_dict(json_files.read_json(profile))
+    names = [name.strip() for name in target_modules.split(",")]
+    sites = layout_sites(
+        measured.layout,
+        lambda path: names == ["all-linear"] or any(path == name or path.endswith(f".{name}") for name in names),
+    )
+    if not sites:
+        raise LayoutError(f"No linear map in the blocks of {profile} ends in any of: {', '.join(names)}.")
+    chosen = make_plan(
+        measured, GeLoRAConfig(policy=policy, rounding=rounding), sites, rank, lora_alpha=alpha, use_rslora=rslora
+    )
+    chosen.save(output)
+    show(chosen)
+    typer.echo(f"-> {output}")

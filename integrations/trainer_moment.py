@@ -1,0 +1,49 @@
+"""The two reaches into a Trainer (transformers 5.23 has no other way): its constructor's frame, and three methods."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NamedTuple
+
+from transformers import Trainer, TrainerCallback
+
+from gelora_plugins.errors import TooLateError
+
+HOW_TO_ATTACH = "Pass it when the Trainer is made: Trainer(..., callbacks=[GeLoRACallback()])."
+
+
+class Methods(NamedTuple):
+    """Of a Trainer: what runs at the start of training, when a trial's model is made, when the adapter is saved."""
+
+    train: Callable[..., Any]
+    call_model_init: Callable[..., Any]
+    save_model: Callable[..., Any]
+
+
+def replace_methods(trainer: Trainer, methods: Methods) -> Methods:
+    """Put `methods` in the place of the trainer's own, which are returned.
+
+    No callback runs before `train()` has loaded the checkpoint and made the optimizer, none is given a trial's model
+    before it is wrapped, and none can write beside the adapter before the checkpoint is complete.
+    """
+    originals = Methods(trainer.train, trainer.call_model_init, trainer.save_model)
+    trainer.train, trainer.call_model_init, trainer.save_model = methods
+    return originals
+
+
+def trainer_being_made(callback: TrainerCallback) -> Trainer:
+    """The Trainer whose constructor is calling: `on_init_end` is not given it (transformers 5.23)."""
+    for frame in _frames():
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
+            return candidate
+    raise TooLateError(f"on_init_end was not called by a Trainer that has this callback. {HOW_TO_ATTACH}")
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
