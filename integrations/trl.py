@@ -92,6 +92,4 @@ def _run_script(config: GeLoRAConfig, *arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-    from gelora_plugins.integrations import trl as this  # under the name that the Trainer adapter imports it by
-
-    this.main()
+    main()
