@@ -23,9 +23,14 @@ WORKERS = ("-m", "pytest", "-n", str(min(CORES, 8)), "--dist")
 PYTEST = (*WORKERS, "worksteal")
 AXOLOTL = (*WORKERS, "loadscope", "tests/axolotl")  # the tests of a class share a training
 # Where the package meets the frameworks: what newer ones can break.
-MEETING = [f"tests/unit/test_{name}.py" for name in ("features", "layout")] + [
-    f"tests/integration/test_{name}.py"
-    for name in ("families", "matrix", "resume", "routes", "trainer", "trainer_check", "trl", "trl_rows")
+MEETING = ["tests/unit/probe/test_find_blocks.py", "tests/unit/probe/test_hidden_states.py"] + [
+    f"tests/integration/{folder}/test_{name}.py"
+    for folder, names in {
+        "models": ("families", "matrix"),
+        "trainer": ("resume", "routes", "trainer", "trainer_check"),
+        "trl": ("trl", "trl_rows"),
+    }.items()
+    for name in names
 ]
 # name -> (environment, what its Python is given)
 STAGES = {

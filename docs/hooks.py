@@ -14,7 +14,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 PICTURE = re.compile(r"\((?:\.\./)+(benchmarks/results/[\w-]+\.png)\)")
-PART = re.compile(r"^<!-- /?\w+ -->\n", re.MULTILINE)  # of tests.readme_parts
+PART = re.compile(r"^<!-- /?\w+ -->\n", re.MULTILINE)  # of tests.readme.parts
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
 
 

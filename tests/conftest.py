@@ -14,15 +14,15 @@ for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # with these, rich 
 
 # What takes longest, so that no worker of pytest-xdist is left with it when the others have nothing more to do.
 LONGEST = (
-    "tests/integration/test_compare_control.py",
-    "tests/integration/test_compare.py",
+    "tests/integration/compare/test_compare_control.py",
+    "tests/integration/compare/test_compare.py",
     "tests/e2e/",
-    "tests/integration/test_trl.py::test_sft_command_in_two_processes",
+    "tests/integration/trl/test_trl.py::test_sft_command_in_two_processes",
     "tests/faults/test_killed_anywhere.py",
-    "tests/integration/test_killed.py",
-    "tests/integration/test_processes.py",
-    "tests/integration/test_sharded.py",
-    "tests/integration/test_example_plugin.py",
+    "tests/integration/trainer/test_killed.py",
+    "tests/integration/processes/test_processes.py",
+    "tests/integration/processes/test_sharded.py",
+    "tests/integration/models/test_example_plugin.py",
     "tests/integration/",
 )
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from harness import DOTTED, HAS_ENTRY_POINTS, PLUGIN
 
-from tests.plans import make_plan
+from tests.support.plans import make_plan
 
 NAMES = [DOTTED, "gelora_plugins.integrations.axolotl.GeLoRAPlugin"] + (["gelora"] if HAS_ENTRY_POINTS else [])
 

@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 from gelora_plugins import GeLoRAConfig, RankPlan, select_ranks
 from gelora_plugins.demo import passages, smollm2
-from tests.forks import HANGS, run_script, start, wait
+from tests.support.forks import HANGS, run_script, start, wait
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 64

@@ -1,4 +1,4 @@
-"""What tests/forks.py runs in processes of its own: a tiny training that can be killed at a chosen moment, and more."""
+"""What support/forks.py runs in processes of its own: a tiny training, killed at a chosen moment, and more."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from gelora_plugins import GeLoRACallback, GeLoRAConfig, pipeline
 from gelora_plugins.pipeline import select_ranks
 from gelora_plugins.ranks.adapter import apply_plan
 from gelora_plugins.report.rank_report import RankReport
-from tests.plans import make_plan
-from tests.training import peft_model, ranks_by_block, trainer_for
+from tests.support.plans import make_plan
+from tests.support.training import peft_model, ranks_by_block, trainer_for
 
 STEPS = 6
 # What happens from the first call of one function to the last return of it.

@@ -8,7 +8,7 @@ import pytest
 from gelora_plugins import GeLoRACallback, GeLoRAConfig
 from gelora_plugins.errors import DimensionError, PlanError
 from gelora_plugins.plugins import plugin_manager
-from tests.training import peft_model, ranks_by_block, rows, saved_plan, trainer_for
+from tests.support.training import peft_model, ranks_by_block, rows, saved_plan, trainer_for
 
 CALLBACK = {"policy": "budget"}
 SAVING = {"save_strategy": "steps", "save_steps": 2}

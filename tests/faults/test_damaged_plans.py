@@ -15,7 +15,7 @@ from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import GeLoRAError, PlanError
 from gelora_plugins.ranks.plan import layout_sites
 from gelora_plugins.ranks.planning import make_plan
-from tests.training import peft_model, ranks_by_block, rows, state_of
+from tests.support.training import peft_model, ranks_by_block, rows, state_of
 
 COUNT = 200
 VALUES = [None, True, False, 0, -1, 1, 7, 1.5, 1e308, 2**53, 10**400, "", "model", [], {}, [1], {"a": 1}]

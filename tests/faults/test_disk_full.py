@@ -14,8 +14,8 @@ import pytest
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, RankPlan, cli, json_files
 from gelora_plugins.errors import WriteError
 from gelora_plugins.report.rank_report import RankReport
-from tests.plans import SST2, make_plan, make_profile
-from tests.training import peft_model, ranks_by_block, saved_plan, trainer_for
+from tests.support.plans import SST2, make_plan, make_profile
+from tests.support.training import peft_model, ranks_by_block, saved_plan, trainer_for
 
 
 @contextmanager

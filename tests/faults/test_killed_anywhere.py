@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.faults.runs import CALLS, STEPS, Moments, last_whole_checkpoint, train
-from tests.forks import start, wait
-from tests.training import saved_plan
+from tests.support.forks import start, wait
+from tests.support.training import saved_plan
 
 # Phase -> how many kills. Moments are drawn in as many equal parts of the phase, one in each.
 KILLS = {"probe": 5, "apply": 4, "report": 4, "steps": 3, "first checkpoint": 2, "second checkpoint": 2}

@@ -11,7 +11,7 @@ from torch import nn
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, hookimpl
 from gelora_plugins.errors import ProbeError
 from gelora_plugins.plugins import plugin_manager
-from tests.training import losses, matrices, peft_model, ranks_by_block, saved_plan, state_of, trainer_for
+from tests.support.training import losses, matrices, peft_model, ranks_by_block, saved_plan, state_of, trainer_for
 
 
 def run_out(*arguments: Any) -> None:

@@ -11,7 +11,7 @@ from transformers import default_data_collator
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, hookimpl
 from gelora_plugins.errors import DimensionError, GeLoRAError, PluginError, ProbeError
 from gelora_plugins.plugins import plugin_manager
-from tests.training import losses, matrices, peft_model, ranks_by_block, rows, state_of, trainer_for
+from tests.support.training import losses, matrices, peft_model, ranks_by_block, rows, state_of, trainer_for
 
 
 class Broken:

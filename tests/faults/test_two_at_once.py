@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gelora_plugins import RankPlan
 from tests.faults.runs import train, write_until
-from tests.forks import HANGS, start, wait
-from tests.plans import make_plan
+from tests.support.forks import HANGS, start, wait
+from tests.support.plans import make_plan
 
 READS = 300
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, cli
-from tests.tiny import build
-from tests.training import LORA, trainer_for
+from tests.support.tiny import build
+from tests.support.training import LORA, trainer_for
 
 VOCABULARY = 100_000
 IDS = range(98_000, 98_400)

@@ -8,7 +8,7 @@ import pytest
 
 import gelora_plugins
 from gelora_plugins import GeLoRAConfig
-from tests.readme_parts import PAGES, PARTS, PLACE, ROOT, with_parts
+from tests.readme.parts import PAGES, PARTS, PLACE, ROOT, with_parts
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -34,7 +34,7 @@ def test_the_defaults_in_the_readme_are_the_defaults() -> None:
 @each_page
 def test_parts_made_from_code_and_recorded_results_are_as_they_are_made(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert with_parts(text) == text, "run python -m tests.readme_parts"
+    assert with_parts(text) == text, "run python -m tests.readme.parts"
 
 
 def test_every_part_has_a_place() -> None:

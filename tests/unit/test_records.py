@@ -14,7 +14,7 @@ from gelora_plugins import json_files
 from gelora_plugins.dimension.profile import DimensionEstimate, DimensionProfile
 from gelora_plugins.errors import GeLoRAError, PlanError
 from gelora_plugins.ranks.plan import RankPlan, Site, layout_sites
-from tests.plans import SST2, make_plan, make_profile, make_sites
+from tests.support.plans import SST2, make_plan, make_profile, make_sites
 
 PLAN = make_plan(dimensions=(None, *SST2[1:]), replicates=2, rank_changes=(0.0, 0.5, 1.0, 0.25, 0.0, 1.0))
 

@@ -19,9 +19,9 @@ from gelora_plugins.sensitivity import (
     measure_sensitivity,
     settings,
 )
-from tests.plans import make_profile, make_sites
-from tests.tiny import build
-from tests.training import rows
+from tests.support.plans import make_profile, make_sites
+from tests.support.tiny import build
+from tests.support.training import rows
 
 CONFIG = GeLoRAConfig(probe_samples=120)
 

@@ -14,7 +14,7 @@ from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.report.pictures import draw
 from gelora_plugins.report.rank_report import RankReport
 from gelora_plugins.text import label, markdown, printable
-from tests.unit.test_report import renamed
+from tests.unit.report.test_report import renamed
 
 TERMINAL = {
     "colour": "a\x1b[31mb",

@@ -1,0 +1,196 @@
+"""`gelora compare` on tiny models, trained: equal parameters, the same data order, the same run twice.
+
+No test asserts where a training goes. What is recorded and said of given scores is in tests/unit/test_compare_*.py.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gelora_plugins import cli
+from gelora_plugins.compare.allocations import lora
+from gelora_plugins.compare.bench import Bench
+from gelora_plugins.compare.record import Run
+from gelora_plugins.compare.run import compare
+from gelora_plugins.compare.task import Task
+from gelora_plugins.compare.train import adapted, attempt, measure_eva, run
+from tests.support.comparing import SETTINGS, UNEVEN, compare_tiny, little_garbage, rows, save_model, tiny_task, uneven
+from tests.support.tiny import build
+
+quick = pytest.fixture(scope="module", autouse=True)(little_garbage)
+ONE_RATE = replace(SETTINGS, rates=(1e-2,), seeds=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def bench(model: str, tmp_path: Path) -> Bench:
+    return Bench(model, tiny_task(), ONE_RATE, tmp_path / "tiny")
+
+
+def test_all_methods_of_a_row_are_trained_with_equal_parameters(bench: Bench, model: str, tmp_path: Path) -> None:
+    found = compare_tiny(model, tmp_path, ONE_RATE)
+    assert not found.gaps
+    results = [result for result in found.results if result.row == "mine"]
+    assert [result.method for result in results] == ["mine", "uniform", "permuted", "reversed", "eva", "adalora"]
+    assert {result.parameters for result in results} == {12 * 4 * 32}
+    ranks = {result.method: result.ranks for result in results}
+    assert ranks["mine"] == (UNEVEN,)
+    assert ranks["reversed"] == (UNEVEN[::-1],)
+    assert sum(ranks["eva"][0]) == pytest.approx(12)
+    assert [result.row for result in found.results[6:]] == ["uniform r = 4", "full"]
+    assert found.results[7].parameters == bench.num_parameters
+
+
+def test_the_head_the_rows_and_their_order_are_the_seeds_and_not_the_methods(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = replace(bench, settings=replace(ONE_RATE, rows_per_seed=24))
+    eva, _, _ = measure_eva(bench, 12 * 4 * 32)
+    uniform = lora((4, 4, 4), bench.sites)
+    heads, orders = [], []
+    for recipe in (uniform, lora(UNEVEN, bench.sites), eva):
+        heads.append(head_of(adapted(bench, recipe, 1, 3)))
+        orders.append(batches_of(bench, recipe, 1, monkeypatch)[0])
+    assert all(torch.equal(head, heads[0]) for head in heads)
+    assert orders[0] == orders[1] == orders[2]
+    assert sorted(row for batch in orders[0] for row in batch) == sorted(row["input_ids"] for row in bench.drawn(1))
+    assert not torch.equal(head_of(adapted(bench, uniform, 2, 3)), heads[0])
+    other, _ = batches_of(bench, uniform, 2, monkeypatch)
+    assert sorted(row for batch in other for row in batch) == sorted(row["input_ids"] for row in bench.drawn(2))
+    assert bench.drawn(1) != bench.drawn(2)
+    assert all(row in bench.train for row in bench.drawn(2))
+
+
+def test_a_run_that_chooses_a_rate_sees_no_test_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, scored = batches_of(bench, lora(UNEVEN, bench.sites), 0, monkeypatch, choosing=True)
+    trained, scored = ([row for batch in batches for row in batch] for batches in (trained, scored))
+    assert (len(trained), len(scored)) == (32, 8), "a fifth is held out"
+    assert sorted(trained + scored) == sorted(row["input_ids"] for row in bench.train)
+
+
+def head_of(model: nn.Module) -> torch.Tensor:
+    return next(p for name, p in model.named_parameters() if "modules_to_save.default.weight" in name)
+
+
+def batches_of(
+    bench: Bench, recipe: Any, seed: int, monkeypatch: pytest.MonkeyPatch, *, choosing: bool = False
+) -> tuple[Any, Any]:
+    """The rows of each batch of one epoch: of the training, and of the evaluation."""
+    seen: list[list[list[int]]] = []
+    collate = type(bench.collator).__call__
+
+    def watched(self: Any, rows: Any) -> Any:
+        seen.append([row["input_ids"] for row in rows])
+        return collate(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bench.collator), "__call__", watched)
+        run(bench, recipe, seed, 1e-3, choosing=choosing)
+    steps = (bench.settings.rows_per_seed or len(bench.train)) * (4 if choosing else 5) // (5 * 8)
+    return seen[:steps], seen[steps:]
+
+
+def test_a_run_is_repeatable_here_and_in_processes_side_by_side(bench: Bench, model: str, tmp_path: Path) -> None:
+    settings = replace(ONE_RATE, methods=("plan",), seeds=2)
+    plans = {"mine": uneven(bench)}
+    together = compare(model, bench.task, tmp_path, settings, plans=plans, jobs=2, progress=False)
+    again = [run(bench, lora(UNEVEN, bench.sites), seed, 1e-2, choosing=False) for seed in (0, 1)]
+    assert together.results[0].scores == tuple(100 * made["score"] for made in again)
+    recorded = [json.loads(line) for line in (tmp_path / "tiny" / "runs.jsonl").read_text().splitlines()]
+    assert {line["seed"]: line["loss"] for line in recorded} == {0: again[0]["loss"], 1: again[1]["loss"]}
+    assert again[0]["head_parameters"] == 16 * 2 + 2
+
+
+def test_bfloat16_is_another_run_with_nearly_the_same_result(bench: Bench) -> None:
+    """At a rate that moves nothing the losses differ by the rounding of the forward pass: 2^-8 of a value, 3 blocks."""
+    mixed = replace(bench, settings=replace(ONE_RATE, bf16=True))
+    first, second = (run(b, lora(UNEVEN, b.sites), 0, 1e-9, choosing=False) for b in (bench, mixed))
+    assert first["loss"] != second["loss"]
+    assert second["loss"] == pytest.approx(first["loss"], rel=0.05)
+    assert bench.cache != mixed.cache
+
+
+def test_evas_ranks_cost_what_was_asked_where_modules_differ_in_size(bench: Bench) -> None:
+    bench = replace(bench, settings=replace(ONE_RATE, target_modules="all-linear"))
+    asked = lora((8, 8, 8), bench.sites).parameters
+    recipe, ranks, _ = measure_eva(bench, asked)
+    assert abs(recipe.parameters - asked) < 0.01 * asked
+    costs = {name: linear.in_features + linear.out_features for name, linear in bench.targets.items()}
+    assert len(set(costs.values())) > 1
+    assert sum(rank * costs[name] for name, rank in ranks.items()) == recipe.parameters
+    assert run(bench, recipe, 0, 1e-3, choosing=False)["lora_parameters"] == recipe.parameters
+
+
+def test_weights_that_are_nan_have_no_score(tmp_path: Path) -> None:
+    """Their argmax is label 0, which is right for a share of the rows."""
+    broken = build("bert").base_model
+    broken.encoder.layer[1].output.dense.weight.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "model")
+    bench = Bench(str(tmp_path / "model"), tiny_task(), ONE_RATE, tmp_path / "tiny")
+    found = run(bench, lora(UNEVEN, bench.sites), 0, 1e-3, choosing=False)
+    assert (found["score"], found["loss"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n a lot"),
+            "OutOfMemoryError: CUDA out of",
+        ),
+        (ValueError(), "ValueError: it says no more."),
+    ],
+)
+def test_whatever_a_run_raises_is_a_reason(
+    error: Exception, said: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gelora_plugins.compare.train.run", fail)
+    made = Run("mine", "uniform", lora(UNEVEN, bench.sites), 3, 1e-3, choosing=False)
+    assert str(attempt(bench, made)).startswith(said)
+    assert f"mine, uniform, seed 3, rate 0.001 failed: {said}" in caplog.text
+
+
+def test_the_command_line_compares_causal_language_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": row["input_ids"]}) + "\n" for row in rows(90, 0)))
+    arguments = "--task causal-lm --name text --methods plan,uniform,eva --seeds 1 --rates 1e-2 --epochs 1 --rank 4"
+    arguments += " --rows-per-seed 40 --rate-seeds 2"
+    command = ["gelora", "compare", str(tmp_path / "model"), str(data), *arguments.split(), "-o", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    shown = capsys.readouterr().out
+    assert "| budget: uniform |" in shown
+    assert "text, budget: budget against uniform: no verdict: 1 seeds, at least 3 are needed" in shown
+    assert "EVA is left out. EVA comes to" in shown, "at rank 1, and with modules of several sizes, it cannot be equal"
+    assert "for each seed 40 of 72 training rows" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    settings = json.loads((tmp_path / "out" / "text" / "experiment.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["rate_seeds"] == 2
+
+
+def test_a_causal_row_that_trains_on_nothing_is_in_no_batch_and_is_said(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    documents = [{"input_ids": row["input_ids"]} for row in rows(40, 0)]
+    task = Task("text", "causal-lm", [*documents, {"input_ids": [5]}], documents[:10])
+    settings = replace(ONE_RATE, methods=("plan",), target_modules="all-linear")
+    bench = Bench(str(tmp_path / "model"), task, settings, tmp_path / "text")
+    found = compare(bench.model, task, tmp_path, settings, plans={"mine": uneven(bench)}, progress=False)
+    assert len(found.results) == 1
+    assert any(line.startswith("text: 1 of 41 training rows are left out: max_length") for line in found.lines())

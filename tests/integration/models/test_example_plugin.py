@@ -1,0 +1,42 @@
+"""examples/plugin, installed as the distribution that it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PLUGIN = Path(__file__).parents[3] / "examples" / "plugin"
+CODE = """
+import torch
+from torch import nn
+from gelora_plugins import GeLoRAConfig, select_ranks
+from gelora_plugins.plugins import available, plugin_manager
+from tests.support.training import rows
+from tests.support.tiny import build
+
+print(sorted(available("estimator")))
+print(select_ranks(build("llama"), rows(), GeLoRAConfig(estimator="participation_ratio"), progress=False).ranks)
+
+class MyModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+print([block.name for block in plugin_manager().hook.find_model_layout(model=MyModel()).blocks])
+"""
+
+
+def test_an_installed_plugin_adds_an_estimator_and_a_layout(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "plugin"
+    source.mkdir()
+    for path in PLUGIN.iterdir():
+        if path.is_file():
+            (source / path.name).write_bytes(path.read_bytes())
+    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(source)], check=True)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PLUGIN.parents[1]}"}
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True, text=True)
+    estimators, ranks, blocks = done.stdout.strip().splitlines()
+    assert estimators == "['gride', 'mle', 'participation_ratio', 'twonn', 'twonn_mle']"
+    assert len(eval(ranks)) == 3
+    assert blocks == "['blocks.0', 'blocks.1']"

@@ -1,0 +1,364 @@
+"""The command line: what a user types, and what a user's mistake says."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from gelora_plugins import RankPlan, cli, json_files, mistakes
+from gelora_plugins.errors import ConfigError
+from tests.support.plans import make_plan
+from tests.support.tiny import VOCABULARY, build
+
+PROSE = [f"word{i % 89} word{i * 7 % 83} word{i * i % 79} word{i * 3 % 11}" for i in range(120)]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["gelora", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    if caught.value.code:
+        raise caught.value
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = Tokenizer(WordLevel({f"word{i}": i + 3 for i in range(VOCABULARY - 3)} | {"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    directory = tmp_path / "model"
+    build("llama").save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in PROSE))
+    return path
+
+
+def test_probe_plan_and_report(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    profile, plan = tmp_path / "profile.json", tmp_path / "plan.json"
+    run(monkeypatch, "probe", model, data, "-o", profile)
+    assert "boundary   3" in capsys.readouterr().out
+    run(
+        monkeypatch, "plan", profile, "--policy", "budget", "--rank", 4, "--target-modules", "q_proj,v_proj", "-o", plan
+    )
+    capsys.readouterr()
+    run(monkeypatch, "report", plan, "-o", tmp_path / "report")
+    shown = capsys.readouterr().out
+    loaded = RankPlan.load(plan)
+    assert [site.name for site in loaded.sites] == [f"model.layers.{i}" for i in range(3)]
+    assert loaded.num_base_parameters == 4 * 3 * (16 + 16 + 16 + 8)
+    assert all(site.name in shown for site in loaded.sites)
+    assert (tmp_path / "report" / "ranks.png").is_file()
+
+
+def test_probe_sensitivity(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    options = ["--standardise", "--feature-storage", "disk"]
+    run(monkeypatch, "probe", model, data, "-o", tmp_path / "alone.json", *options)
+    capsys.readouterr()
+    run(monkeypatch, "probe", model, data, "-o", tmp_path / "profile.json", "--sensitivity", "--rank", 4, *options)
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert all(outcome["setting"]["name"] in shown for outcome in found["outcomes"])
+    assert "budget: at r = 4, its mean." in shown
+    assert found["base_rank"] == 4
+    alone, profile = (json.loads((tmp_path / name).read_text()) for name in ("alone.json", "profile.json"))
+    assert profile == found["profile"]
+    assert profile["standardise"] is True
+    assert {**profile, "seconds": 0} == {**alone, "seconds": 0}
+
+
+def test_probe_stops_at_the_target(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target, sentence in (("1000", "(1000 was asked)"), ("1e-6", "target_std_error of 1e-06 was not reached")):
+        run(monkeypatch, "probe", model, data, "-o", tmp_path / "profile.json", "--target-std-error", target)
+        assert sentence in capsys.readouterr().out
+        assert json.loads((tmp_path / "profile.json").read_text())["target_std_error"] == float(target)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl.gz", ".csv.gz"])
+def test_other_files_give_the_same_profile(
+    tmp_path: Path, model: Path, data: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    dataset = datasets.load_dataset("json", data_files=str(data), split="train")
+    other = tmp_path / f"other{suffix.removesuffix('.gz')}"
+    write = {".parquet": dataset.to_parquet, ".csv": dataset.to_csv}.get(other.suffix, dataset.to_json)
+    write(str(other))
+    if suffix.endswith(".gz"):
+        zipped = other.with_name(f"{other.name}.gz")
+        zipped.write_bytes(gzip.compress(other.read_bytes()))
+        other = zipped
+    for path, output in ((data, "a.json"), (other, "b.json")):
+        run(monkeypatch, "probe", model, path, "-o", tmp_path / output)
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert first["data_fingerprint"] == second["data_fingerprint"]
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no such model": (["probe", "{tmp}/nothing", "{data}"], "nothing cannot be loaded"),
+    "no such data": (["probe", "{model}", "{tmp}/nothing.jsonl"], "is no file here and no dataset"),
+    "another format": (["probe", "{model}", "{model}/config.toml"], "ends in '.toml'"),
+    "unknown estimator": (["probe", "{model}", "{data}", "--estimator", "x"], "twonn, twonn_mle"),
+    "unknown task": (["probe", "{model}", "{data}", "--task", "x"], "expected auto or one of: causal-lm"),
+    "unknown dtype": (["probe", "{model}", "{data}", "--dtype", "x"], "expected auto, float32"),
+    "no such field": (["probe", "{model}", "{other}"], "other.jsonl: it has the fields words; expected input_ids"),
+    "target without end": (["probe", "{model}", "{data}", "--target-std-error", "inf"], "expected a positive number"),
+    "target that is none": (["probe", "{model}", "{data}", "--target-std-error", "nan"], "expected a positive number"),
+    "huge seed": (["probe", "{model}", "{data}", "--probe-seed", str(2**64)], "probe_seed is more than 4294967295"),
+    "huge number": (["probe", "{model}", "{data}", "--probe-samples", "9" * 400], "probe_samples is more than"),
+    "a folder to write to": (["plan", "{profile}", "-o", "{tmp}"], "cannot be written"),
+    "nothing to write to": (["plan", "{profile}", "-o", ""], "cannot be written"),
+    "the root to write to": (["plan", "{profile}", "-o", "/"], "cannot be written"),
+    "alpha without end": (["plan", "{profile}", "--alpha", "inf"], "lora_alpha is inf; expected positive numbers"),
+    "alpha that is none": (["plan", "{profile}", "--alpha", "nan"], "lora_alpha is nan; expected positive numbers"),
+    "a file in the way": (["report", "{plan}", "-o", "{data}/report"], "cannot be written"),
+    "binary profile": (["plan", "{binary}"], "is not JSON"),
+    "a folder for a profile": (["plan", "{tmp}"], "cannot be read"),
+    "export of a file": (["export", "{data}", "{tmp}/out", "--uniform"], "has no adapter_config.json"),
+    "huge rank multiple": (["export", "{tmp}", "{tmp}/out", "--uniform", "--rank-multiple", "9" * 30], "rank multiple"),
+    "no configuration file": (["sft", "--config", "{tmp}/nothing.yaml"], "the file of --config, cannot be used"),
+    "broken configuration file": (["sft", "--config", "{broken_yaml}"], "broken.yaml"),
+    "unknown key": (["sft", "--config", "{plan}"], "the file of --config, cannot be used"),
+    "binary configuration file": (["sft", "--config", "{binary}"], "the file of --config, cannot be used"),
+    "no profile": (["plan", "{tmp}/nothing.json"], "nothing.json cannot be read"),
+    "not a profile": (["plan", "{data}"], "is not JSON"),
+    "not a plan": (["report", "{model}/config.json"], "is no usable rank plan"),
+    "no such storage": (
+        ["probe", "{model}", "{data}", "--feature-storage", "x"],
+        "expected one of: memory, half, disk",
+    ),
+    "bad target": (["probe", "{model}", "{data}", "--target-std-error", "0"], "expected a positive number"),
+    "bad number": (["probe", "{model}", "{data}", "--probe-samples", "0"], "probe_samples is 0; expected a whole"),
+}
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence that a command ends with."""
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *arguments)
+    assert caught.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("gelora: "))
+    return line
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(
+    tmp_path: Path,
+    model: Path,
+    data: Path,
+    mistake: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {name: tmp_path / f"{name}.json" for name in ("plan", "profile", "binary")}
+    places |= {"other": tmp_path / "other.jsonl", "broken_yaml": tmp_path / "broken.yaml"}
+    places["other"].write_text('{"words": "a"}\n' * 60)
+    places["broken_yaml"].write_text("a: [")
+    places["binary"].write_bytes(bytes(range(256)))
+    make_plan().save(places["plan"])
+    json_files.write_json(places["profile"], make_plan().profile.to_dict())
+    (model / "config.toml").write_text("a")
+    arguments, sentence = MISTAKES[mistake]
+    places |= {"tmp": tmp_path, "model": model, "data": data}
+    said = refused(monkeypatch, capsys, *(argument.format(**places) for argument in arguments))
+    assert sentence in said
+
+
+@pytest.mark.parametrize("rank", ["0", "-1", "65537", "9" * 400, "1e3", "x"])
+@pytest.mark.parametrize("command", [["plan", "profile.json"], ["probe", "model", "rows.jsonl"]])
+def test_a_rank_that_no_adapter_has_is_a_wrong_option(
+    command: list[str], rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *command, "--rank", rank)
+    assert caught.value.code == 2
+    assert "Invalidvalueforrank" in re.sub(r"\W", "", capsys.readouterr().err)  # whatever the terminal's width
+
+
+ROW = b'{"text": "word1 word2"}\n'
+FILES: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("jsonl", b"", "is empty; expected rows"),
+    "empty table": ("csv", b"", "is empty; expected rows"),
+    "empty Parquet": ("parquet", b"", "is empty; expected rows"),
+    "no rows": ("csv", b"text\n", "cannot be read as csv"),
+    "broken": ("jsonl", ROW + b'{"text": \n', "cannot be read as json: ArrowInvalid: JSON parse error"),
+    "cut off": ("json", b'[{"text": "a"}, {"te', "cannot be read as json"),
+    "no Parquet": ("parquet", ROW, "cannot be read as parquet: ArrowInvalid: Parquet"),
+    "Latin-1 table": ("csv", "text\ngrößer\n".encode("latin-1"), "cannot be read as csv: UnicodeDecodeError: 'utf-8'"),
+    "Latin-1": ("jsonl", '{"text": "größer"}\n'.encode("latin-1") * 60, "jsonl: UnicodeDecodeError: 'utf-8' codec"),
+    "no gzip": ("jsonl.gz", ROW, "cannot be read as json: BadGzipFile"),
+    "half a gzip": ("csv.gz", gzip.compress(b"text\n" + ROW * 99)[:40], "cannot be read as csv: EOFError"),
+    "gzip of something": ("tar.gz", gzip.compress(ROW), "ends in '.gz'; expected one of"),
+    "binary": ("jsonl", bytes(range(256)), "cannot be read as json"),
+    "null": ("jsonl", ROW + b'{"text": null}\n' * 60, "jsonl: text is None; expected text"),
+    "number": ("jsonl", b'{"text": 3}\n' * 60, "jsonl: text is 3; expected text"),
+    "list": ("jsonl", b'{"text": ["a", "b"]}\n' * 60, "jsonl: text is ['a', 'b']; expected text"),
+    "null completion": ("jsonl", b'{"prompt": "a", "completion": null}\n' * 60, "jsonl: the SFTTrainer of trl"),
+    "half a pair": ("jsonl", b'{"text_a": "a", "text_b": 3}\n' * 60, "jsonl: text_b is 3; expected text"),
+    "no field": ("csv", b"words\na\n" * 60, "csv: it has the fields words; expected input_ids"),
+    "no messages": ("jsonl", b'{"messages": null}\n' * 60, "jsonl: "),
+    "messages without a template": ("jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n' * 60, "jsonl: "),
+    "null for tokens": ("jsonl", b'{"input_ids": null}\n' * 60, "jsonl: input_ids is None; expected a list"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_of_data_that_cannot_be_used_is_named_in_one_sentence(
+    tmp_path: Path, model: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ending, content, sentence = FILES[kind]
+    path = tmp_path / f"rows.{ending}"
+    path.write_bytes(content)
+    said = refused(monkeypatch, capsys, "probe", model, path)
+    assert sentence in said
+    assert re.match(rf"gelora: (Row \d+ of )?{re.escape(str(path))}\b", said)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"input_ids": [5, VOCABULARY]}, f"input_ids has the token {VOCABULARY}, and the model's vocabulary"),
+        ({"input_ids": [5, 6], "attention_mask": [1]}, "2 input_ids and 1 of attention_mask"),
+        ({"input_ids": [5, None]}, "input_ids of a row is [5, None]; expected a list of whole numbers"),
+        ({"input_ids": "abc"}, "input_ids of a row is 'abc'; expected a list of whole numbers"),
+    ],
+)
+def test_token_ids_that_cannot_be_used_are_one_sentence(
+    tmp_path: Path,
+    model: Path,
+    row: dict[str, object],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [row] if isinstance(row["input_ids"], str) else [row, *({"input_ids": [i, i + 1]} for i in range(60))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sentence in refused(monkeypatch, capsys, "probe", model, tmp_path / "rows.jsonl")
+
+
+MODELS: dict[str, tuple[str, bytes | None, str]] = {
+    "architecture that transformers has not": (
+        "config.json",
+        b'"architectures": ["NoSuchModel"]',
+        "'NoSuchModel', which",
+    ),
+    "architecture that is none": ("config.json", b'"architectures": [3]', "the architecture 3, which transformers"),
+    "architecture that is no model": ("config.json", b'"architectures": ["torch"]', "the architecture 'torch', which"),
+    "architectures that are none": ("config.json", b'"architectures": 3', "cannot be loaded"),
+    "type that transformers has not": ("config.json", b'"model_type": "nothing"', "cannot be loaded"),
+    "no configuration": ("config.json", None, "cannot be loaded"),
+    "binary configuration": ("config.json", bytes(range(256)), "cannot be loaded"),
+    "broken weights": ("model.safetensors", b"abc", "cannot be loaded"),
+    "no weights": ("model.safetensors", None, "cannot be loaded"),
+    "other sizes": ("config.json", b'"hidden_size": 18', "cannot be loaded"),
+    "broken tokenizer": ("tokenizer.json", b"{", "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_cannot_be_loaded_is_named_in_one_sentence(
+    model: Path, data: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, sentence = MODELS[kind]
+    path = model / name
+    if content is None:
+        path.unlink()
+    elif content.startswith(b'"'):
+        path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(b"{" + content + b"}")))
+    else:
+        path.write_bytes(content)
+    said = refused(monkeypatch, capsys, "probe", model, data)
+    assert str(model) in said
+    assert sentence in said
+
+
+def test_what_a_terminal_acts_on_does_not_reach_it_from_an_error(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"\x1b]0;title\x07": "a"}) + "\n")
+    said = refused(monkeypatch, capsys, "probe", model, data)
+    assert r"the fields \x1b]0;title\x07; expected" in said
+
+
+def test_a_fault_of_the_program_is_no_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fault(*arguments: object) -> None:
+        raise KeyError("a fault")
+
+    make_plan().save(tmp_path / "plan.json")
+    monkeypatch.setattr("gelora_plugins.cli.report.show", fault)
+    monkeypatch.setattr(sys, "argv", ["gelora", "report", str(tmp_path / "plan.json")])
+    with pytest.raises(KeyError, match="a fault"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "a.json"), "PermissionError: [Errno 13] Permission denied: 'a.json'"),
+        (ModuleNotFoundError("No module named 'trl'", name="trl"), 'pip install "gelora[trl]"'),
+        (ModuleNotFoundError("No module named 'gelora_plugins.x'", name="gelora_plugins.x"), None),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "invalid start byte"),
+        (json.JSONDecodeError("Expecting value", "", 0), "JSONDecodeError: Expecting value"),
+        (ValueError("of ours"), None),
+        (TypeError("of ours"), None),
+        (AssertionError(), None),
+    ],
+)
+def test_what_is_a_users_and_what_is_a_fault(error: Exception, said: str | None) -> None:
+    found = mistakes.sentence(error)
+    assert found is None if said is None else said in str(found)
+
+
+def test_of_a_pydantic_error_only_the_messages_are_said() -> None:
+    from pydantic import BaseModel, ValidationError, field_validator
+
+    class Model(BaseModel):
+        rank: int
+
+        @field_validator("rank")
+        @classmethod
+        def check(cls, value: int) -> int:
+            raise ConfigError(f"rank is {value}; expected more.")
+
+    with pytest.raises(ValidationError) as caught:
+        Model(rank=1)
+    assert mistakes.sentence(caught.value) == "rank is 1; expected more."
+
+
+def test_the_version_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"gelora {version('gelora')}\n"
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from gelora_plugins.cli import app;"
+        "print(CliRunner().invoke(app, ['--help']).output);"
+        "print('HEAVY', sorted({'torch', 'transformers', 'peft', 'trl', 'numpy', 'scipy'} & set(sys.modules)))"
+    )
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(f" {name} " in text for name in ("demo", "probe", "plan", "report", "sft"))
+    assert "HEAVY []" in text
