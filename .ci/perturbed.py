@@ -144,9 +144,10 @@ def _environment_for(clone: Path, identity: dict) -> Path:
         allowed = [one for one in interpreters(version) if _runs(one, identity)]
         if not allowed:
             raise CannotMakeError(f"No Python {version} is here that every user may run, as the main environment's is.")
-        subprocess.run([allowed[0], "-m", "venv", str(home)], check=True)
+        # Without pip, and so without the interpreter's own setuptools, which would stand before the environment's.
+        subprocess.run([allowed[0], "-m", "venv", "--without-pip", str(home)], check=True)
         (home / "lib" / packages.parent.name / "site-packages" / "shared.pth").write_text(str(packages))
-        install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-e", "."]
+        install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", "."]
         subprocess.run(install, cwd=clone, check=True)
     return python
 

@@ -1,6 +1,7 @@
 """Who may import whom: rooms downward only, and no circle of modules. Imports for type checkers do not count."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import pydoc
 import subprocess
@@ -118,6 +119,12 @@ def test_every_room_has_an_arrow_and_few_files():
         assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 14
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports each by its name alone, and one command runs several folders."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "axolotl"]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_file_is_too_long_to_read(module):
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 350
@@ -210,6 +217,10 @@ def test_what_reads_saved_records_needs_no_torch(module):
 def test_every_public_name_exists_where_it_is_said_to_be():
     assert set(gelora_plugins._HOME) == set(gelora_plugins.__all__)
     assert set(gelora_plugins._HOME.values()) <= set(MODULES)
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert gelora_plugins.__version__ == importlib.metadata.version("gelora")
 
 
 def test_an_unknown_public_name_is_an_attribute_error():
