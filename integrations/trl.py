@@ -14,13 +14,12 @@ from trl.scripts.utils import DatasetConfig
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, GeLoRAError
 from gelora_plugins.mistakes import reason
+from gelora_plugins.probe.formats import format_of, load_rows
 
 from .transformers import GeLoRACallback, prepare_trainer
 
 if TYPE_CHECKING:
     pass
-
-_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class GeLoRASFTTrainer(SFTTrainer):
@@ -63,9 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not model_args.use_peft:
         raise ConfigError("GeLoRA chooses the ranks of a LoRA adapter, and there will be none. Add --use_peft.")
     name = script_args.dataset_name
-    if name and not dataset_args.datasets and Path(name).is_file() and Path(name).suffix in _FILES:
+    kind = format_of(Path(name)) if name and not dataset_args.datasets and Path(name).is_file() else None
+    if kind is not None:
+        if not script_args.dataset_streaming:
+            load_rows(name, "train")  # a file that cannot be read is named, before a model is loaded
         # load_dataset(path) takes no data file (datasets 5.2); a mixture of one does.
-        dataset_args.datasets = [DatasetConfig(path=_FILES[Path(name).suffix], data_files=name)]
+        dataset_args.datasets = [DatasetConfig(path=kind, data_files=name)]
         dataset_args.streaming, script_args.dataset_name = script_args.dataset_streaming, None
     _run_script(config, script_args, training_args, model_args, dataset_args)
 

@@ -10,7 +10,12 @@ from typing import Any
 from gelora_plugins.errors import ProbeError
 from gelora_plugins.mistakes import reason
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def format_of(path: Path) -> str | None:
+    """What `datasets` calls the format of a file, by its ending; None for another file."""
+    return FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
 def load_rows(data: str, split: str) -> Any:
@@ -27,9 +32,9 @@ def load_rows(data: str, split: str) -> Any:
             return datasets.load_dataset(data, split=split)
         except Exception as error:  # whatever a folder of files, or the hub, makes of it
             raise ProbeError(f"{data} is no file here and no dataset that can be loaded: {reason(error)}") from error
-    kind = _FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
+    kind = format_of(path)
     if kind is None:
-        raise ProbeError(f"{data} ends in {path.suffix!r}; expected one of: {', '.join(_FORMATS)}, or one with .gz.")
+        raise ProbeError(f"{data} ends in {path.suffix!r}; expected one of: {', '.join(FORMATS)}, or one with .gz.")
     if not path.stat().st_size:
         raise ProbeError(f"{data} is empty; expected rows.")
     try:

@@ -475,6 +475,13 @@ def test_sft_command_refuses_what_it_would_ignore(options: dict[str, Any], tmp_p
         main(flags({**options, "policy": "budgte"}))
 
 
+def test_sft_command_names_a_file_that_cannot_be_read(options: dict[str, Any], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ProbeError, match=r"broken\.jsonl cannot be read as json"):
+        main(flags({**options, "dataset_name": str(broken)}))
+
+
 def test_another_sft_script_is_not_run_without_gelora(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sft, "main", lambda *arguments: pytest.fail("the script was run"))
     with pytest.raises(GeLoRAError, match=r"examples/trl_sft\.py"):
