@@ -1,6 +1,7 @@
 """GeLoRA chooses LoRA ranks from the geometry of your data in your model. Importing this imports no torch."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Public names are imported at first use (PEP 562)."""
+    if name == "__version__":
+        return importlib.metadata.version("gelora")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _NEEDS and importlib.util.find_spec(_NEEDS[name]) is None:

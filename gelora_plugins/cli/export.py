@@ -7,22 +7,16 @@ from typing import Annotated
 
 import typer
 
-from gelora_plugins.errors import ConfigError
-
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Directory of a saved PEFT LoRA adapter.")],
     out: Annotated[Path, typer.Argument(help="New directory for the adapter that servers read.")],
     uniform: Annotated[
-        bool, typer.Option("--uniform", help="One rank for all modules: the one kind there is.")
-    ] = False,
+        bool, typer.Option("--uniform", hidden=True, help="What is written anyway: one rank for all modules.")
+    ] = True,
     rank_multiple: Annotated[int, typer.Option(help="Round the rank up to a multiple of this.")] = 1,
 ) -> None:
     """Serve: an adapter of many ranks -> the same adapter with one, for SGLang, llama.cpp, Ollama. Needs no model."""
-    if not uniform:
-        raise ConfigError(
-            "gelora export writes one kind of adapter so far; say which: gelora export ADAPTER OUT --uniform."
-        )
     from gelora_plugins.ranks.export import export_uniform
 
     done = export_uniform(adapter, out, rank_multiple=rank_multiple)

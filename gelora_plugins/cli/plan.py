@@ -30,17 +30,13 @@ def plan(
     """Choose: a profile -> one rank per block, for LoraConfig or GeLoRACallback(plan=...). Needs no model."""
     from gelora_plugins import json_files
     from gelora_plugins.dimension.profile import DimensionProfile
-    from gelora_plugins.ranks.plan import layout_sites
+    from gelora_plugins.ranks.plan import layout_sites, named
     from gelora_plugins.ranks.planning import make_plan
 
     measured = DimensionProfile.from_dict(json_files.read_json(profile))
-    names = [name.strip() for name in target_modules.split(",")]
-    sites = layout_sites(
-        measured.layout,
-        lambda path: names == ["all-linear"] or any(path == name or path.endswith(f".{name}") for name in names),
-    )
+    sites = layout_sites(measured.layout, named(target_modules))
     if not sites:
-        raise LayoutError(f"No linear map in the blocks of {profile} ends in any of: {', '.join(names)}.")
+        raise LayoutError(f"No linear map in the blocks of {profile} ends in any of: {target_modules}.")
     chosen = make_plan(
         measured, GeLoRAConfig(policy=policy, rounding=rounding), sites, rank, lora_alpha=alpha, use_rslora=rslora
     )

@@ -21,7 +21,7 @@ from gelora_plugins.compare.task import Collator, Task, encode
 from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
 from gelora_plugins.layout import Linear, ModelLayout
 from gelora_plugins.plugins import find_layout
-from gelora_plugins.ranks.plan import Site, layout_sites
+from gelora_plugins.ranks.plan import Site, layout_sites, named
 from gelora_plugins.report.versions import versions
 
 _TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16", "rows_per_seed")
@@ -229,8 +229,7 @@ class Bench:
         return {linear.name: linear for linear in linears if self._is_target(linear.name)}
 
     def _is_target(self, path: str) -> bool:
-        names = [name.strip() for name in self.settings.target_modules.split(",")]
-        return names == ["all-linear"] or any(path == name or path.endswith(f".{name}") for name in names)
+        return named(self.settings.target_modules)(path)
 
 
 def device() -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gelora_plugins import json_files
 from gelora_plugins.errors import ConfigError, ProbeError
+from gelora_plugins.probe.documents import IGNORED_LABEL
 from gelora_plugins.probe.formats import load_rows, row_of, text_of
 
-IGNORED_LABEL = -100  # torch.nn.CrossEntropyLoss's ignore_index
 METRICS = {  # the first is the default
     "classification": ("accuracy", "mcc", "f1", "loss"),
     "regression": ("spearman", "loss"),

@@ -159,20 +159,3 @@ twonn_mle = NeighbourEstimator(2, _censored_likelihood)
 gride = gride_at(2)
 # Levina and Bickel, NIPS 2004, with the average of MacKay and Ghahramani (2005): of the inverse local estimates.
 mle = NeighbourEstimator(10, _levina_bickel)
-
-
-def dimension_at_scales(points: Tensor, max_scale: int = 64) -> dict[int, DimensionEstimate]:
-    """GRIDE of distinct `points` (n, D) at scale 1, 2, 4, ... up to `max_scale`, as far as 2 scale < n.
-
-    A plateau is where the dimension means something; at scale 1 noise in every coordinate counts in full.
-
-    Raises:
-        DimensionError: as `NeighbourEstimator.estimate`.
-    """
-    n = len(points)
-    scales = [2**i for i in range(max_scale.bit_length()) if 2 ** (i + 1) < n]
-    if not scales:
-        raise DimensionError(f"{n} points were given; expected at least 4.")
-    found = gride_at(scales[-1]).search(points)
-    rows = halves(n, 0)
-    return {scale: gride_at(scale).estimate(found, rows) for scale in scales}

@@ -52,6 +52,12 @@ def layout_sites(layout: ModelLayout, is_target: Callable[[str], bool]) -> tuple
     return tuple(sites)
 
 
+def named(target_modules: str) -> Callable[[str], bool]:
+    """Whether a module path is among `target_modules`: "all-linear", or endings of paths with commas between them."""
+    names = [name.strip() for name in target_modules.split(",")]
+    return lambda path: names == ["all-linear"] or any(path == name or path.endswith(f".{name}") for name in names)
+
+
 @dataclass(frozen=True)
 class RankPlan:
     """One LoRA rank per site, and the scaling that all sites share.

@@ -14,7 +14,6 @@ from skdim.id import MLE, TwoNN
 
 from gelora_plugins.dimension.estimators import (
     NeighbourEstimator,
-    dimension_at_scales,
     gride,
     gride_at,
     mle,
@@ -76,9 +75,8 @@ def test_mle_equals_scikit_dimension(name):
 @pytest.mark.parametrize("name", CLEAN)
 def test_gride_equals_dadapy(name):
     # Not at scale 1, where DADApy leaves out the largest ratios; these sets have none so large at higher scales.
-    found = dimension_at_scales(torch.from_numpy(CLEAN[name]), 8)
-    assert list(found) == [1, 2, 4, 8]
-    assert [found[scale].value for scale in (2, 4, 8)] == pytest.approx(DADAPY[name]["gride"][1:], rel=1e-9)
+    found = [gride_at(scale)(torch.from_numpy(CLEAN[name])).value for scale in (2, 4, 8)]
+    assert found == pytest.approx(DADAPY[name]["gride"][1:], rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [50, 51, 59, 60, 99, 101])
@@ -133,20 +131,13 @@ def test_the_dimension_of_a_gaussian_is_found(estimator, dim):
 
 def test_noise_raises_the_dimension_at_small_scales_only():
     points = gaussian(1000, 2, 30) + 0.02 * gaussian(1000, 30, seed=1)
-    found = dimension_at_scales(points, 64)
-    assert found[1].value > 4
-    assert found[64].value == pytest.approx(2, rel=0.15)
+    assert gride_at(1)(points).value > 4
+    assert gride_at(64)(points).value == pytest.approx(2, rel=0.15)
 
 
 @pytest.mark.parametrize("k", range(1, 130))
 def test_nearly_every_half_holds_k_of_the_listed_neighbours(k):
     assert binom.cdf(k - 1, list_length(k), 0.5) < 5e-4
-
-
-def test_scales_end_where_the_points_do():
-    assert list(dimension_at_scales(gaussian(65, 3))) == [1, 2, 4, 8, 16, 32]
-    assert list(dimension_at_scales(gaussian(64, 3))) == [1, 2, 4, 8, 16]
-    assert list(dimension_at_scales(gaussian(65, 3), max_scale=5)) == [1, 2, 4]
 
 
 # --- random halves
