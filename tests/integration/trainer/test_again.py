@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, RankPlan
 from gelora_plugins.errors import ApplyError
+from gelora_plugins.report.table import plan_table, render
 from tests.support.resuming import check_continued, probes, start, without_pictures
 from tests.support.tiny import build
 from tests.support.training import LORA, Watch, matrices, peft_model, ranks_by_block, rows, saved_plan
@@ -147,7 +148,7 @@ def test_a_model_of_model_init_is_reported_and_resumes(
 ) -> None:
     whole = start(None, tmp_path, model_init=lambda: peft_model())
     whole.train()
-    assert str(saved_plan(tmp_path)) in capsys.readouterr().out
+    assert render(plan_table(saved_plan(tmp_path))) in capsys.readouterr().out
     resumed = start(None, tmp_path, model_init=lambda: peft_model())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     check_continued(resumed, whole)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, RankPlan
 from gelora_plugins.errors import ApplyError, PlanError, TooLateError
+from gelora_plugins.report.table import plan_table, render
 from tests.support.resuming import BUDGET, check_continued, probes, start, without_pictures
 from tests.support.tiny import build
 from tests.support.training import LORA, layers, peft_model, ranks_by_block, saved_plan
@@ -145,7 +146,7 @@ def test_the_output_shows_the_ranks_of_the_checkpoint_and_says_so(
     capsys.readouterr()
     caplog.clear()
     start(peft_model(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert str(saved_plan(tmp_path)) in capsys.readouterr().out
+    assert render(plan_table(saved_plan(tmp_path))) in capsys.readouterr().out
     assert f"GeLoRA restored the ranks of the checkpoint {tmp_path / 'checkpoint-2'}: rank " in caplog.text
     assert "Nothing was measured." in caplog.text
     assert "The options now" not in caplog.text
