@@ -43,7 +43,7 @@ def main() -> int:
     modules: dict[str, Any] = defaultdict(lambda: {"mutants": 0, "killed": 0, "survivors": []})
     for name, status in re.findall(r"^ +(\S+): (.+)$", mutmut("results", "--all", "true"), re.MULTILINE):
         function = re.sub(r"\.x_?(.+)__mutmut_\d+$", r".\1", name).replace(".ǁ", ".").replace("ǁ", ".")
-        module = modules[".".join(name.split(".")[:2])]
+        module = modules[".".join(name.split(".")[:3])]
         module["mutants"] += 1
         if status in NOTICED:
             module["killed"] += 1
