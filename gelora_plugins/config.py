@@ -9,6 +9,7 @@ from gelora_plugins.errors import ConfigError
 
 ROUNDINGS = ("nearest", "ceil", "floor", "dimensions")
 ON_FAILURE = ("raise", "keep")
+SCALINGS = ("constant", "equal_step")
 MOST = 2**32 - 1  # of a count or a seed; numpy takes no larger seed
 FEATURE_STORAGE = ("memory", "half", "disk")
 
@@ -47,6 +48,21 @@ class GeLoRAConfig:
         metadata={
             "help": "How the policy `gelora` makes ranks whole: `nearest`, `ceil` or `floor` of the rank, or "
             "`dimensions` (each dimension rounded to the nearest integer first)."
+        },
+    )
+    min_rank: int = field(
+        default=1,
+        metadata={
+            "help": "No rank is chosen below this, except where the matrices of a block can hold no more. The policy "
+            "`budget` takes it out of the same parameters."
+        },
+    )
+    scaling: str = field(
+        default="constant",
+        metadata={
+            "help": "What becomes of lora_alpha where a block has another rank than `r`: `constant` keeps lora_alpha / "
+            "r the same everywhere, as published, so that a block of more ranks takes larger steps; `equal_step` keeps "
+            "lora_alpha itself, so that steps are as large at every rank. Rank-stabilised LoRA likewise."
         },
     )
     standardise: bool = field(
@@ -92,13 +108,19 @@ class GeLoRAConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("probe_samples", 1), ("probe_max_length", 1), ("probe_batch_size", 1), ("probe_seed", 0)):
+        counts = {"min_rank": 1, "probe_samples": 1, "probe_max_length": 1, "probe_batch_size": 1, "probe_seed": 0}
+        for name, least in counts.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r:.80}; expected a whole number of at least {least}.")
             if value > MOST:
                 raise ConfigError(f"{name} is more than {MOST}; expected a whole number of at most that.")
-        choices = {"rounding": ROUNDINGS, "on_failure": ON_FAILURE, "feature_storage": FEATURE_STORAGE}
+        choices = {
+            "rounding": ROUNDINGS,
+            "scaling": SCALINGS,
+            "on_failure": ON_FAILURE,
+            "feature_storage": FEATURE_STORAGE,
+        }
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:

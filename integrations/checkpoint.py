@@ -101,6 +101,8 @@ def _options(plan: RankPlan) -> dict[str, Any]:
         **(profile.options or {}),
         "policy": plan.policy,
         "rounding": plan.rounding,
+        "min_rank": plan.min_rank,
+        "scaling": plan.scaling_rule,
         "estimator": profile.estimator,
         "pooling": profile.pooling,
         "probe_seed": profile.seed,

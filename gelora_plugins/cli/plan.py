@@ -18,6 +18,8 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
     policy: Annotated[str, typer.Option(help=help_of("policy"))] = default_of("policy"),
     rounding: Annotated[str, typer.Option(help=help_of("rounding"))] = default_of("rounding"),
+    min_rank: Annotated[int, typer.Option(help=help_of("min_rank"))] = default_of("min_rank"),
+    scaling: Annotated[str, typer.Option(help=help_of("scaling"))] = default_of("scaling"),
     rank: Annotated[
         int, typer.Option(min=1, max=MOST_RANK, help="Your own r: the budget, and what the scaling is measured by.")
     ] = 8,
@@ -37,9 +39,8 @@ def plan(
     sites = layout_sites(measured.layout, named(target_modules))
     if not sites:
         raise LayoutError(f"No linear map in the blocks of {profile} ends in any of: {target_modules}.")
-    chosen = make_plan(
-        measured, GeLoRAConfig(policy=policy, rounding=rounding), sites, rank, lora_alpha=alpha, use_rslora=rslora
-    )
+    config = GeLoRAConfig(policy=policy, rounding=rounding, min_rank=min_rank, scaling=scaling)
+    chosen = make_plan(measured, config, sites, rank, lora_alpha=alpha, use_rslora=rslora)
     chosen.save(output)
     show(chosen)
     typer.echo(f"-> {output}")

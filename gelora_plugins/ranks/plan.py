@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from gelora_plugins import json_files
+from gelora_plugins.config import SCALINGS
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
@@ -60,7 +61,7 @@ def named(target_modules: str) -> Callable[[str], bool]:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One LoRA rank per site, and the scaling that all sites share.
+    """One LoRA rank per site, and the rule of their scaling.
 
     Attributes:
         sites, ranks: in the order of the model's blocks.
@@ -71,6 +72,9 @@ class RankPlan:
         policy: name of the policy that chose the ranks.
         rounding: how it made them whole.
         profile: what the ranks were chosen from.
+        min_rank: no rank was chosen below this.
+        scaling_rule: "constant" where all ranks have the scaling of `base_rank`, "equal_step" where it falls as one
+            over the rank.
         rank_changes: for each site the share, 0 to 1, of `profile.redraws()` in which the policy gives another rank;
             empty where the profile has none.
     """
@@ -84,6 +88,8 @@ class RankPlan:
     rounding: str
     profile: DimensionProfile
     rank_changes: tuple[float, ...] = ()
+    min_rank: int = 1
+    scaling_rule: str = "constant"
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.sites) or not self.sites:
@@ -100,6 +106,10 @@ class RankPlan:
                 raise PlanError(f"One rank of {site.name} costs {site.parameters_per_rank} parameters; expected some.")
             if rank > MAX_RANK:
                 raise PlanError(f"The rank of {site.name} is {rank!s:.80}; expected no more than {MAX_RANK}.")
+        if not 1 <= self.min_rank <= MAX_RANK:
+            raise PlanError(f"min_rank is {self.min_rank!r:.80}; expected a whole number from 1 to {MAX_RANK}.")
+        if self.scaling_rule not in SCALINGS:
+            raise PlanError(f"The scaling rule is {self.scaling_rule!r:.80}; expected one of: {', '.join(SCALINGS)}.")
         if len({site.name for site in self.sites}) != len(self.sites):
             raise PlanError("Two sites of a plan have the same name.")
         blocks = {block.name for block in self.profile.layout.blocks}
@@ -118,8 +128,7 @@ class RankPlan:
         ranks = (f"{printable(s.name):<{width}}  {rank}\n" for s, rank in zip(self.sites, self.ranks, strict=True))
         return (
             f"LoRA ranks by the policy {printable(self.policy)}: {self.num_parameters:,} parameters, "
-            f"{self.num_base_parameters:,} at r = {self.base_rank}. Scaling {self.scaling:g} everywhere.\n"
-            + "".join(ranks)
+            f"{self.num_base_parameters:,} at r = {self.base_rank}. {self.scaling_note()}\n" + "".join(ranks)
         )
 
     def full_sites(self) -> tuple[Site, ...]:
@@ -142,15 +151,31 @@ class RankPlan:
 
     @property
     def scaling(self) -> float:
-        """The factor on B A x, the same at every site."""
+        """The factor on B A x at a site of `base_rank`; see `scaling_of`."""
         return self.lora_alpha / (math.sqrt(self.base_rank) if self.use_rslora else self.base_rank)
 
+    def scaling_of(self, rank: int) -> float:
+        """The factor on B A x at a site of `rank`.
+
+        A step of AdamW moves B A by about the learning rate times the scaling times the rank, as each of the ranks adds
+        its share. "equal_step" keeps that product, and "constant" the factor, as GeLoRA was published.
+        """
+        return self.scaling * self.base_rank / rank if self.scaling_rule == "equal_step" else self.scaling
+
+    def scaling_note(self) -> str:
+        """One sentence on the scaling."""
+        if self.scaling_rule == "constant":
+            return f"Scaling {self.scaling:g} everywhere."
+        low, high = self.scaling_of(max(self.ranks)), self.scaling_of(min(self.ranks))
+        return f"Scaling {low:g} to {high:g}: one over the rank, so that steps are as large at every rank."
+
     def alpha(self, rank: int) -> float:
-        """lora_alpha for a module of `rank` that keeps the scaling; an int where it is whole."""
+        """lora_alpha for a module of `rank`; an int where it is whole."""
+        share = rank / self.base_rank
         if self.use_rslora:
-            alpha = self.lora_alpha * math.sqrt(rank / self.base_rank)
+            alpha = self.lora_alpha * math.sqrt(share if self.scaling_rule == "constant" else 1 / share)
         else:
-            alpha = self.lora_alpha * rank / self.base_rank
+            alpha = self.lora_alpha * rank / self.base_rank if self.scaling_rule == "constant" else self.lora_alpha
         return int(alpha) if alpha == int(alpha) else alpha
 
     def rank_pattern(self) -> dict[str, int]:
@@ -230,7 +255,8 @@ class RankPlan:
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Inverse of `to_dict`. Raises PlanError when a value is missing, of the wrong type or out of range."""
-        get = json_files.reader(data, "plan", kind="rank_plan")
+        get = json_files.reader(data, "plan", kind="rank_plan", keys=[field.name for field in fields(cls)])
+        min_rank, scaling_rule = get("min_rank", int, since=True), get("scaling_rule", str, since=True)
         return cls(
             sites=tuple(_site_from_dict(site) for site in get("sites", list)),
             ranks=tuple(get("ranks", list)),
@@ -241,6 +267,8 @@ class RankPlan:
             rounding=get("rounding", str),
             profile=DimensionProfile.from_dict(get("profile", dict)),
             rank_changes=tuple(get("rank_changes", list)),
+            min_rank=1 if min_rank is None else min_rank,
+            scaling_rule="constant" if scaling_rule is None else scaling_rule,
         )
 
 

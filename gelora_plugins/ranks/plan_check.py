@@ -53,10 +53,11 @@ def check_plan(model: nn.Module, plan: RankPlan) -> None:
     plan.check_sites(adapter.sites(find_layout(model)))
     wrong = [
         f"{name} has rank {layer.r[adapter.name]} and scaling {layer.scaling[adapter.name]:g}, the plan {rank} and "
-        f"{plan.scaling:g}"
+        f"{plan.scaling_of(rank):g}"
         for name, rank in planned_ranks(adapter, plan).items()
         for layer in [adapter.layers[name]]
-        if layer.r[adapter.name] != rank or not math.isclose(layer.scaling[adapter.name], plan.scaling, rel_tol=1e-6)
+        if layer.r[adapter.name] != rank
+        or not math.isclose(layer.scaling[adapter.name], plan.scaling_of(rank), rel_tol=1e-6)
     ]
     if wrong:
         raise PlanError(

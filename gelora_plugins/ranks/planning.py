@@ -24,7 +24,7 @@ def make_plan(
 ) -> RankPlan:
     """The ranks that `config.policy` gives `sites`, and how often it gives others on redraws of `profile`, as a plan.
 
-    A rank above what the matrices of a site can hold is held to that.
+    A rank below `config.min_rank` is raised to it, and one above what the matrices of a site can hold is held to that.
 
     Raises:
         ConfigError: the policy does not exist.
@@ -40,12 +40,14 @@ def make_plan(
         try:
             return RankPlan(
                 sites=tuple(sites),
-                ranks=_held(tuple(ranks), sites, base_rank),
+                ranks=_held(tuple(ranks), sites, base_rank, config.min_rank),
                 base_rank=base_rank,
                 lora_alpha=lora_alpha,
                 use_rslora=use_rslora,
                 policy=config.policy,
                 rounding=config.rounding,
+                min_rank=config.min_rank,
+                scaling_rule=config.scaling,
                 profile=measured,
             )
         except PlanError as error:
@@ -61,7 +63,7 @@ def make_plan(
     return replace(plan, rank_changes=changes)
 
 
-def _held(ranks: tuple[Any, ...], sites: Sequence[Site], base_rank: int) -> tuple[Any, ...]:
-    if len(ranks) != len(sites) or not all(isinstance(rank, int) for rank in ranks):
+def _held(ranks: tuple[Any, ...], sites: Sequence[Site], base_rank: int, least: int) -> tuple[Any, ...]:
+    if len(ranks) != len(sites) or not all(isinstance(rank, int) and rank >= 1 for rank in ranks):
         return ranks  # which makes no plan
-    return tuple(min(rank, site.most(base_rank)) for rank, site in zip(ranks, sites, strict=True))
+    return tuple(min(max(rank, least), site.most(base_rank)) for rank, site in zip(ranks, sites, strict=True))

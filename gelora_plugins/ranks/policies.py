@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.profile import DimensionProfile, growth
-from gelora_plugins.errors import DimensionError
+from gelora_plugins.errors import DimensionError, PlanError
 from gelora_plugins.ranks.plan import Site
 
 
@@ -33,24 +33,33 @@ def gelora(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, con
 
 def budget(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, config: GeLoRAConfig) -> list[int]:
     """The relative need of `gelora`, fractions kept, within the LoRA parameters that `base_rank` everywhere costs."""
-    return within_budget(needs(profile, sites), sites, base_rank)
+    return within_budget(needs(profile, sites), sites, base_rank, config.min_rank)
 
 
-def within_budget(needs: Sequence[float], sites: Sequence[Site], base_rank: int) -> list[int]:
+def within_budget(needs: Sequence[float], sites: Sequence[Site], base_rank: int, min_rank: int = 1) -> list[int]:
     """Ranks proportional to `needs`, one per site, within the LoRA parameters that `base_rank` everywhere costs.
 
-    No rank is below 1, or above what the matrices of its site can hold; where all are at that bound, the rest of the
-    budget is not spent. What whole ranks leave over goes to the largest remainders, one rank each, where it fits. So no
-    rank is further than 1 from its share, and the cost is exactly the budget where all sites cost the same, else under
-    it by less than one rank of any site that got none.
+    No rank is below `min_rank`, or above what the matrices of its site can hold; where all are at that bound, the rest
+    of the budget is not spent. What whole ranks leave over goes to the largest remainders, one rank each, where it
+    fits. So no rank is further than 1 from its share, and the cost is exactly the budget where all sites cost the same,
+    else under it by less than one rank of any site that got none.
 
     Args:
         needs: finite numbers, none below 0 and not all 0.
+
+    Raises:
+        PlanError: the least ranks alone cost more than the budget.
     """
+    if min_rank > base_rank:
+        raise PlanError(
+            f"min_rank is {min_rank} and r is {base_rank}: the least ranks alone cost more than the budget, which is r "
+            "everywhere. Lower min_rank, or raise r."
+        )
     costs = [site.parameters_per_rank for site in sites]
     total = base_rank * sum(costs)
     most = [site.most(base_rank) for site in sites]
-    exact = _proportional([Fraction(need) for need in needs], costs, most, total)
+    least = [min(min_rank, bound) for bound in most]
+    exact = _proportional([Fraction(need) for need in needs], costs, least, most, total)
     ranks = [math.floor(share) for share in exact]
     left = total - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     order = sorted(range(len(sites)), key=lambda i: (ranks[i] - exact[i], i))  # largest remainder first
@@ -66,26 +75,30 @@ def uniform(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, co
     return [base_rank] * len(sites)
 
 
-def _proportional(needs: Sequence[Fraction], costs: Sequence[int], most: Sequence[int], total: int) -> list[Fraction]:
-    """Shares proportional to `needs`, each from 1 to its `most`, that cost `total` together. Exact arithmetic.
+def _proportional(
+    needs: Sequence[Fraction], costs: Sequence[int], least: Sequence[int], most: Sequence[int], total: int
+) -> list[Fraction]:
+    """Shares proportional to `needs`, from `least` to `most`, that cost `total` together. Exact arithmetic.
 
     Of the shares that the common factor puts out of bounds, those on the side that costs more stay at their bound
     whatever the factor becomes; so they are fixed, and the others share the rest (Bitran and Hax 1981).
     """
-    shares = [Fraction(1)] * len(needs)
+    shares = [Fraction(bound) for bound in least]
     free = set(range(len(needs)))
     while free:
         left = total - sum(shares[i] * costs[i] for i in range(len(needs)) if i not in free)
         wanted = sum(needs[i] * costs[i] for i in free)
         for i in free:
             shares[i] = needs[i] * left / wanted if wanted else Fraction(0)
-        below, above = {i for i in free if shares[i] < 1}, {i for i in free if shares[i] > most[i]}
+        below = {i for i in free if shares[i] < least[i]}
+        above = {i for i in free if shares[i] > most[i]}
         if not below and not above:
             break
-        short = sum((1 - shares[i]) * costs[i] for i in below) - sum((shares[i] - most[i]) * costs[i] for i in above)
+        short = sum((least[i] - shares[i]) * costs[i] for i in below)
+        short -= sum((shares[i] - most[i]) * costs[i] for i in above)
         fixed = (below if short >= 0 else set()) | (above if short <= 0 else set())
         for i in fixed:
-            shares[i] = Fraction(1) if i in below else Fraction(most[i])
+            shares[i] = Fraction(least[i] if i in below else most[i])
         free -= fixed
     return shares
 

@@ -46,7 +46,7 @@ class RankReport:
         share = plan.num_parameters / plan.num_base_parameters
         lines = [
             f"LoRA parameters in the blocks: {plan.num_base_parameters:,} at r = {plan.base_rank}, "
-            f"{plan.num_parameters:,} as planned ({share:.0%}). Scaling {plan.scaling:g} everywhere.",
+            f"{plan.num_parameters:,} as planned ({share:.0%}). {plan.scaling_note()}",
             f"Policy {plan.policy}, estimator {profile.estimator}, pooling {profile.pooling}"
             f"{', coordinates standardised' if profile.standardise else ''}. Measured on "
             f"{profile.num_documents:,} documents, {profile.num_tokens:,} tokens, in {profile.seconds:.1f} s.",

@@ -165,6 +165,30 @@ def test_a_plan_prints_its_totals_and_one_line_for_each_site():
     ]
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_steps_are_as_large_at_every_rank_where_that_is_asked_for(use_rslora):
+    plan = replace(make_plan(use_rslora=use_rslora), scaling_rule="equal_step")
+    divisor = {rank: rank**0.5 if use_rslora else rank for rank in plan.ranks}
+    for rank in plan.ranks:
+        assert plan.alpha(rank) / divisor[rank] == pytest.approx(plan.scaling_of(rank))
+        assert plan.scaling_of(rank) * rank == pytest.approx(plan.scaling * plan.base_rank)
+    assert plan.alpha(plan.base_rank) == 16
+    assert "so that steps are as large at every rank" in str(plan)
+    assert RankPlan.from_dict(as_json(plan)) == plan
+
+
+def test_a_plan_from_before_the_scaling_was_recorded_keeps_it_constant():
+    data = as_json(make_plan())
+    del data["scaling_rule"], data["min_rank"]
+    assert RankPlan.from_dict(data) == make_plan()
+    with pytest.raises(PlanError, match="scaling_rul is not a key"):
+        RankPlan.from_dict({**data, "scaling_rul": "equal_step"})
+    with pytest.raises(PlanError, match="The scaling rule is 'other'; expected one of: constant, equal_step"):
+        RankPlan.from_dict({**data, "scaling_rule": "other"})
+    with pytest.raises(PlanError, match="min_rank is 0"):
+        RankPlan.from_dict({**data, "min_rank": 0})
+
+
 def test_the_sites_of_a_layout_are_its_blocks_with_targets_at_the_cost_of_these():
     layout = make_profile([1.0, 2.0, 3.0]).layout
     both = (Site("model.layers.0", 56, 8), Site("model.layers.1", 56, 8))
@@ -413,7 +437,11 @@ def test_json_that_is_no_mapping(tmp_path, value):
     assert f"plan is a {type(value).__name__}; expected a mapping" in damaged(tmp_path, json.dumps(value))
 
 
-@pytest.mark.parametrize("key", [key for key in PLAN.to_dict() if key not in ("schema", "kind")])
+# Keys that plans of earlier versions lack.
+SINCE = {"max_rank", "options", "model_name", "model_fingerprint", "min_rank", "scaling_rule"}
+
+
+@pytest.mark.parametrize("key", [key for key in PLAN.to_dict() if key not in SINCE | {"schema", "kind"}])
 def test_a_missing_key_is_named(key):
     data = as_json(PLAN)
     del data[key]
@@ -461,9 +489,6 @@ def test_a_plan_with_any_one_value_changed_is_read_as_it_stands_or_refused(path,
     else:
         assert as_json(plan) == data
     assert repr(data) == repr(before)  # NaN equals nothing
-
-
-SINCE = {"max_rank", "options", "model_name", "model_fingerprint"}  # keys that plans of earlier versions lack
 
 
 @pytest.mark.parametrize("path", list(mapping_keys(as_json(PLAN))), ids=lambda path: ".".join(map(str, path)))

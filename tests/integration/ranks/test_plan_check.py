@@ -28,9 +28,12 @@ def plan_for(model: Any, ranks: tuple[int, ...] = (2, 6, 5), config: LoraConfig 
 # An adapter that fits
 
 
+@pytest.mark.parametrize("scaling_rule", ["constant", "equal_step"])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"layers.1.self_attn.q_proj": 3}}])
-def test_an_adapter_of_the_plan_passes_by_every_way_to_make_it(tmp_path: Path, options: dict[str, Any]) -> None:
-    plan = plan_for(build("llama"), config=lora(**options))
+def test_an_adapter_of_the_plan_passes_by_every_way_to_make_it(
+    tmp_path: Path, options: dict[str, Any], scaling_rule: str
+) -> None:
+    plan = dataclasses.replace(plan_for(build("llama"), config=lora(**options)), scaling_rule=scaling_rule)
     before = get_peft_model(build("llama"), with_plan(lora(**options), plan, build("llama")))
     check_plan(before, plan)
     in_place = get_peft_model(build("llama"), lora(**options))
@@ -44,6 +47,13 @@ def test_an_adapter_made_of_the_plans_own_arguments_passes() -> None:
     plan = plan_for(build("llama"))
     model = get_peft_model(build("llama"), LoraConfig(target_modules="all-linear", **plan.lora_config_kwargs()))
     check_plan(model, plan)
+
+
+def test_an_adapter_whose_steps_are_of_another_size_is_refused() -> None:
+    plan = plan_for(build("llama"))
+    model = get_peft_model(build("llama"), with_plan(lora(), plan))
+    with pytest.raises(PlanError, match=r"has rank 2 and scaling 2, the plan 2 and 4"):
+        check_plan(model, dataclasses.replace(plan, scaling_rule="equal_step"))
 
 
 # One that does not

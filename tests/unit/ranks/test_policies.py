@@ -87,6 +87,35 @@ def test_budget_floors_at_one_and_takes_what_that_costs_from_the_others():
     assert ranks_of(budget, [10.0, 30.0, 30.0, 30.0], base_rank=2) == [4, 1, 1]
 
 
+def test_budget_takes_the_least_rank_from_the_others():
+    # Needs 21, 1, 1 within 12 ranks: 10.96, 0.52, 0.52 in proportion, and 3 is the least.
+    profile = make_profile([10.0, 30.0, 30.0, 30.0])
+    assert budget(profile, make_sites(profile), 4, GeLoRAConfig(min_rank=3)) == [6, 3, 3]
+    assert budget(profile, make_sites(profile), 4, GeLoRAConfig(min_rank=4)) == [4, 4, 4]
+
+
+def test_a_least_rank_that_costs_more_than_the_budget_is_refused():
+    profile = make_profile(SST2)
+    with pytest.raises(PlanError, match=r"min_rank is 5 and r is 4: .* Lower min_rank, or raise r\."):
+        budget(profile, make_sites(profile), 4, GeLoRAConfig(min_rank=5))
+
+
+def test_a_least_rank_above_what_a_matrix_can_hold_is_held_to_that():
+    profile = make_profile([10.0, 30.0, 30.0])
+    sites = (replace(make_sites(profile)[0], max_rank=16), replace(make_sites(profile)[1], max_rank=2))
+    assert budget(profile, sites, 4, GeLoRAConfig(min_rank=3)) == [5, 3]  # the user's own r may be more than it holds
+    assert make_plan(profile, GeLoRAConfig(min_rank=3), sites, 2, lora_alpha=4).ranks == (16, 2)
+
+
+@pytest.mark.parametrize("policy", ["gelora", "uniform"])
+def test_no_policy_chooses_below_the_least_rank(policy):
+    profile = make_profile(SST2)
+    config = GeLoRAConfig(policy=policy, min_rank=2)
+    plan = make_plan(profile, config, make_sites(profile), 1, lora_alpha=2)
+    assert min(plan.ranks) == plan.min_rank == 2
+    assert max(plan.ranks) == (3 if policy == "gelora" else 2)
+
+
 def test_budget_counts_parameters_and_not_ranks():
     # Needs 3, 1 at costs 10, 30 within 4 * 40 parameters: ranks 8, 2.67; the 20 left over buy one of the cheap ones.
     assert ranks_of(budget, [10.0, 12.0, 12.0], base_rank=4, costs=[10, 30]) == [9, 2]
