@@ -9,6 +9,7 @@ from gelora_plugins.errors import ConfigError
 
 ROUNDINGS = ("nearest", "ceil", "floor", "dimensions")
 ON_FAILURE = ("raise", "keep")
+ON_UNSURE = ("warn", "uniform", "raise")
 SCALINGS = ("constant", "equal_step")
 MOST = 2**32 - 1  # of a count or a seed; numpy takes no larger seed
 FEATURE_STORAGE = ("memory", "half", "disk")
@@ -96,6 +97,13 @@ class GeLoRAConfig:
             "memory at a time)."
         },
     )
+    on_unsure: str = field(
+        default="warn",
+        metadata={
+            "help": "When the data do not tell the blocks apart, or the estimator cannot say: `warn` says so and uses "
+            "the ranks, `uniform` uses your own `r` everywhere, `raise` stops."
+        },
+    )
     plan: str | None = field(
         default=None, metadata={"help": "Path of a saved plan. Its ranks are used and nothing is measured."}
     )
@@ -119,6 +127,7 @@ class GeLoRAConfig:
             "rounding": ROUNDINGS,
             "scaling": SCALINGS,
             "on_failure": ON_FAILURE,
+            "on_unsure": ON_UNSURE,
             "feature_storage": FEATURE_STORAGE,
         }
         for name, allowed in choices.items():

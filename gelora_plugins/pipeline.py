@@ -27,9 +27,9 @@ from gelora_plugins.probe.point_store import FeatureStore
 from gelora_plugins.probe.provenance import origin, other_model
 from gelora_plugins.ranks.find_adapter import find_adapter
 from gelora_plugins.ranks.plan import RankPlan, Site
-from gelora_plugins.ranks.planning import make_plan
 from gelora_plugins.ranks.policies import check_dimensions
 from gelora_plugins.ranks.rehearsal import config_sites
+from gelora_plugins.ranks.verdict import sure_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -91,7 +91,8 @@ def select_ranks(
     how: dict[str, Any] = {"layout": layout, "collator": collator, "progress": progress, "processes": processes}
     with generators.kept(dataset, collator):
         profile = measure(model, dataset, config, **how, autocast=autocast)
-    return processes.decide(lambda: make_plan(profile, config, sites, r, lora_alpha=lora_alpha, use_rslora=use_rslora))
+    lora = {"lora_alpha": lora_alpha, "use_rslora": use_rslora}
+    return processes.decide(lambda: sure_plan(profile, config, sites, r, **lora))
 
 
 def _default_lora_config() -> LoraConfig:

@@ -84,7 +84,8 @@ class Checkpoint:
             yield f"policy {options.policy} was not used"
         else:
             for name, value in _options(self.plan).items():
-                if getattr(options, name, value) != value:
+                same = name == "policy" and value == options.on_unsure == "uniform"  # ranks that were not sure
+                if getattr(options, name, value) != value and not same:
                     yield f"{name} is {getattr(options, name)}, the checkpoint's {value}"
 
     def _is_plan(self, path: str) -> bool:

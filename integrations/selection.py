@@ -24,7 +24,7 @@ from gelora_plugins.ranks.find_adapter import IN_PLACE_INITS, find_adapter, requ
 from gelora_plugins.ranks.patterns import check_initialisation, without_plan
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.plan_check import check_plan, with_plan
-from gelora_plugins.ranks.planning import make_plan
+from gelora_plugins.ranks.verdict import sure_plan
 
 from .checkpoint import PLAN, Checkpoint
 from .sharding import is_sharded
@@ -261,7 +261,7 @@ class RankSelection:
         wanted = (sites, lora.r, lora.lora_alpha, lora.use_rslora)
         if wanted == (plan.sites, plan.base_rank, plan.lora_alpha, plan.use_rslora):
             return plan
-        return make_plan(
+        return sure_plan(
             plan.profile, self.config, sites, lora.r, lora_alpha=lora.lora_alpha, use_rslora=lora.use_rslora
         )
 

@@ -20,6 +20,7 @@ def plan(
     rounding: Annotated[str, typer.Option(help=help_of("rounding"))] = default_of("rounding"),
     min_rank: Annotated[int, typer.Option(help=help_of("min_rank"))] = default_of("min_rank"),
     scaling: Annotated[str, typer.Option(help=help_of("scaling"))] = default_of("scaling"),
+    on_unsure: Annotated[str, typer.Option(help=help_of("on_unsure"))] = default_of("on_unsure"),
     rank: Annotated[
         int, typer.Option(min=1, max=MOST_RANK, help="Your own r: the budget, and what the scaling is measured by.")
     ] = 8,
@@ -33,14 +34,14 @@ def plan(
     from gelora_plugins import json_files
     from gelora_plugins.dimension.profile import DimensionProfile
     from gelora_plugins.ranks.plan import layout_sites, named
-    from gelora_plugins.ranks.planning import make_plan
+    from gelora_plugins.ranks.verdict import sure_plan
 
     measured = DimensionProfile.from_dict(json_files.read_json(profile))
     sites = layout_sites(measured.layout, named(target_modules))
     if not sites:
         raise LayoutError(f"No linear map in the blocks of {profile} ends in any of: {target_modules}.")
-    config = GeLoRAConfig(policy=policy, rounding=rounding, min_rank=min_rank, scaling=scaling)
-    chosen = make_plan(measured, config, sites, rank, lora_alpha=alpha, use_rslora=rslora)
+    config = GeLoRAConfig(policy=policy, rounding=rounding, min_rank=min_rank, scaling=scaling, on_unsure=on_unsure)
+    chosen = sure_plan(measured, config, sites, rank, lora_alpha=alpha, use_rslora=rslora)
     chosen.save(output)
     show(chosen)
     typer.echo(f"-> {output}")

@@ -12,9 +12,8 @@ from gelora_plugins.text import printable
 def show(plan: Any) -> None:
     """The table of a plan, and the sentences below it."""
     from gelora_plugins.report.rank_report import RankReport
-    from gelora_plugins.report.table import plan_table
 
-    print_table(plan_table(plan), RankReport(plan).lines())
+    typer.echo(RankReport(plan))
 
 
 def print_table(table: Any, lines: list[str]) -> None:

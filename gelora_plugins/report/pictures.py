@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gelora_plugins import json_files
+from gelora_plugins.ranks.verdict import verdict
 from gelora_plugins.text import label
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     profile = plan.profile
     _draw_dimensions(profile, above)
     _draw_ranks(plan, below)
-    title = (
+    settings = (
         f"{profile.layout.model_type}: {profile.num_documents} documents, {profile.pooling} pooling, "
         f"{profile.estimator}; ranks by {plan.policy}"
     )
-    above.set_title(label(title))
-    below.set_xlabel("block (each boundary lies between two blocks)")
+    above.set_title(label(verdict(plan)), fontsize="medium", wrap=True)
+    below.set_xlabel(f"block (each boundary lies between two blocks)\n{label(settings)}")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)
     json_files.write_bytes(path, drawn.getvalue())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gelora_plugins import json_files
+from gelora_plugins.ranks.verdict import SETTLED, verdict
 from gelora_plugins.report.pictures import draw
 from gelora_plugins.report.table import COLUMNS, cells, plan_table, render
 from gelora_plugins.report.versions import versions
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from gelora_plugins.ranks.plan import RankPlan
 
 logger = logging.getLogger(__name__)
-
-_UNSURE = 0.05  # a rank that changes in more redraws than this counts as unsure
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class RankReport:
     trainable_after: int | None = None
 
     def __str__(self) -> str:
-        return render(plan_table(self.plan)) + "\n" + "".join(f"{line}\n" for line in self.lines())
+        lines = "".join(f"{line}\n" for line in self.lines())
+        return f"\n{printable(verdict(self.plan))}\n\n{render(plan_table(self.plan))}\n{lines}"
 
     def lines(self) -> list[str]:
         """Totals, cost and notes, one sentence each."""
@@ -65,6 +65,7 @@ class RankReport:
             "plan": self.plan.to_dict(),
             "lora_parameters": {"uniform": self.plan.num_base_parameters, "planned": self.plan.num_parameters},
             "trainable_parameters": {"before": self.trainable_before, "after": self.trainable_after},
+            "verdict": verdict(self.plan),
             "notes": list(self.plan.profile.notes()),
             "versions": versions(),
         }
@@ -74,7 +75,8 @@ class RankReport:
         rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
         rows += [(markdown(name), *numbers) for name, *numbers in cells(self.plan)]
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return f"# LoRA ranks by GeLoRA\n\n{table}\n\n" + "".join(f"{markdown(line)}\n\n" for line in self.lines())
+        head = f"# LoRA ranks by GeLoRA\n\n{markdown(verdict(self.plan))}\n\n"
+        return f"{head}{table}\n\n" + "".join(f"{markdown(line)}\n\n" for line in self.lines())
 
     def write(self, output_dir: str | os.PathLike[str]) -> list[Path]:
         """Write plan.json, report.json, report.md and, where matplotlib is installed, ranks.png; return the paths."""
@@ -147,10 +149,10 @@ def _sureness(plan: RankPlan) -> list[str]:
             f"The estimator {plan.profile.estimator} gives no standard errors: how sure the ranks are is not known."
         ]
     num_redraws = max(len(estimate.replicates) for estimate in plan.profile.estimates)
-    unsure = sum(share > _UNSURE for share in plan.rank_changes)
+    unsure = sum(share > SETTLED for share in plan.rank_changes)
     return [
         f"The growth over a block is known to a standard error of {min(known):.2f} to {max(known):.2f}.",
         f"May differ: the share of {num_redraws} redraws of the measured dimensions, from random halves of the "
-        f"documents, in which the policy chooses another rank. It is above {_UNSURE:.0%} at {unsure} of "
+        f"documents, in which the policy chooses another rank. It is above {SETTLED:.0%} at {unsure} of "
         f"{len(plan.ranks)} blocks.",
     ]

@@ -8,10 +8,11 @@ import typer
 
 from gelora_plugins import GeLoRAConfig, RankPlan, RankReport
 from gelora_plugins.cli import app
+from gelora_plugins.ranks.verdict import verdict
 from gelora_plugins.report.table import plan_table, render
 from tests.readme.comparison import DRAWN, RESULTS, read
 
-SHOWN = 3  # blocks at the top of the README's excerpt
+SHOWN = 2  # blocks at the top of the README's excerpt
 
 
 def first_screen() -> str:
@@ -44,7 +45,7 @@ def quickstart() -> str:
     lines = [line.rstrip() for line in render(plan_table(report.plan)).splitlines()]
     kept = [line for line in lines if line.split(maxsplit=1)[:1] != [] and line.split()[0] not in hidden]
     kept.insert(next(i for i, line in enumerate(kept) if line.startswith(names[-1])), "...")
-    return _console([*kept, "", report.lines()[0]])
+    return _console([verdict(report.plan), *kept, "", report.lines()[0]])
 
 
 def quickstart_report() -> str:
