@@ -2,10 +2,13 @@
 
 Unit and integration tests run several times, each time with many circumstances changed at once. What fails in a run is
 tried again with one circumstance of that run at a time, which says which of them matters. Standard library only.
+
+    python .ci/perturbed.py [--runs 2 3] [tests/unit/ranks ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import os
@@ -23,7 +26,9 @@ from environments import ROOT, VENVS, CannotMakeError, interpreters, python_of
 from stages import CORES
 
 LOGS = VENVS / "logs"
-TESTS = sys.argv[1:] or ["tests/unit", "tests/integration"]
+TESTS = ["tests/unit", "tests/integration"]
+# Folders of the user who runs this, which another user may not write to.
+PERSONAL = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_DATASETS_CACHE", "TMPDIR")
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,21 @@ RUNS = (
 
 def main() -> int:
     """Run all of `RUNS`; print and save what failed in which. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="*", type=int, default=range(1, len(RUNS) + 1), help="their numbers, from 1")
+    parser.add_argument("tests", nargs="*", default=TESTS)
+    chosen = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
     lines = [f"{datetime.date.today()}, {_processor()}, {CORES} cores, {_versions()}"]
     bad = False
-    for number, run in enumerate(RUNS, 1):
+    for number in chosen.runs:
+        run = RUNS[number - 1]
         with tempfile.TemporaryDirectory(prefix="perturbed-") as away:
             os.chmod(away, 0o755)
             clone = Path(away, run.folder)
-            passed, failed = _run(run, clone, TESTS, LOGS / f"perturbed-{number}")
+            passed, failed = _run(run, clone, chosen.tests, LOGS / f"perturbed-{number}")
             lines.append(f"{run.name}: {passed} passed, {len(failed)} failed")
-            for test in failed:
-                lines.append(f"    {test}: {_which(run, clone, test)}")
+            lines += [f"    {test}: {guilty}" for test, guilty in _which(run, clone, failed).items()]
             bad = bad or bool(failed) or not passed
         print("\n".join(lines), flush=True)
         (LOGS / "perturbed.txt").write_text("\n".join(lines) + "\n")
@@ -101,7 +110,7 @@ def _run(run: Run, clone: Path, tests: list[str], log: Path) -> tuple[int, list[
     if run.user:
         owner = pwd.getpwnam(run.user)
         identity = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-        settings["HOME"] = str(clone)
+        settings = {name: value for name, value in settings.items() if name not in PERSONAL} | {"HOME": str(clone)}
     python = _environment_for(clone, identity)
     if run.user:
         subprocess.run(["chown", "-R", run.user, str(clone)], check=True)
@@ -124,15 +133,20 @@ def _run(run: Run, clone: Path, tests: list[str], log: Path) -> tuple[int, list[
     return len(cases) - len(failed), [_node(case) for case in failed]
 
 
-def _which(run: Run, clone: Path, test: str) -> str:
-    """Which single circumstance of `run` makes `test` fail."""
+def _which(run: Run, clone: Path, tests: list[str]) -> dict[str, str]:
+    """For each of `tests` the single circumstances of `run` in which it fails."""
+    if not tests:
+        return {}
     variables = {key: value for key, value in run.variables.items() if key != "LOCPATH"}
     alone = [Run(f"{key}={value}", {key: value}) for key, value in variables.items()]
     alone += [Run(" ".join(run.options[-1:]), {}, run.options)] if run.options else []
     alone += [Run(f"user {run.user}", {}, user=run.user)] if run.user else []
     alone += [Run(f"a load of {run.load}", {}, load=run.load)] if run.load else []
-    guilty = [one.name for one in alone if _run(one, clone, [test], LOGS / "perturbed-alone")[1]]
-    return ", ".join(guilty) or "by none of them alone"
+    fails = {one.name: _run(one, clone, tests, LOGS / "perturbed-alone")[1] for one in alone}
+    return {
+        test: ", ".join(name for name, failed in fails.items() if test in failed) or "by none of them alone"
+        for test in tests
+    }
 
 
 def _environment_for(clone: Path, identity: dict) -> Path:
