@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gelora_plugins.compare.results import Result, contrasts_of
+from gelora_plugins.compare.contrasts import contrasts_of
+from gelora_plugins.compare.results import Result
 from gelora_plugins.compare.summary import Comparison
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
