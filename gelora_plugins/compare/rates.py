@@ -210,5 +210,5 @@ def _as_good(found: Found, rate: float, near: Sequence[float], seeds: Sequence[i
     rng, counts = random.Random(0), dict.fromkeys((rate, *near), 0)
     for _ in range(RESAMPLES):
         fitted = _fitted(found, rate, rng.choices(seeds, k=len(seeds)))
-        counts[min(counts, key=lambda other, fitted=fitted: fitted[other])] += 1
+        counts[min(counts, key=fitted.__getitem__)] += 1
     return tuple(other for other in near if counts[other] >= SHARE * RESAMPLES)

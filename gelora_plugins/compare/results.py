@@ -270,8 +270,8 @@ def _held_out(
 ) -> float | None:
     """What the runs at its rate came to that chose it, as higher is better: the loss; in older records the score."""
     if "search" in method:
-        keys = next((run["keys"] for run in method["search"]["runs"] if run["rate"] == method["rate"]), [])
-        losses = [lines[key]["loss"] for key in keys]
+        runs = [run["keys"] for run in method["search"]["runs"] if run["rate"] == method["rate"]]
+        losses = [lines[key]["loss"] for keys in runs for key in keys]
         return -statistics.fmean(losses) if losses and None not in losses else None
     recipe, sign = method["recipes"][0], -1.0 if experiment["task"]["metric"] == "loss" else 1.0
     scores = [

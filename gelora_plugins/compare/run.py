@@ -75,7 +75,7 @@ def compare(
         if plans is None:
             plans = default_plans(bench, config or GeLoRAConfig(), progress=progress)
         rows, facts = design(bench, plans, frozenset(keep_alpha))
-        _train(bench, rows, facts, _Workers(bench, jobs), progress)
+        _train(bench, rows, facts, Trainers(bench, jobs), progress)
     return Comparison.read(output)
 
 
@@ -99,7 +99,7 @@ def _short(model: str) -> str:
     return "/".join(Path(model).parts[-2:])
 
 
-def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers: _Workers, progress: bool) -> None:
+def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers: Trainers, progress: bool) -> None:
     """Make the runs that choose the rates, then those for the result; write down what is compared."""
     task, settings = bench.task, bench.settings
     record = Record(bench.folder / "runs.jsonl", bench.identity)
@@ -120,7 +120,7 @@ def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers:
         json_files.write_json(path, _experiment(bench, rows, facts, trials, record))
 
 
-def _head(bench: Bench, record: Record, workers: _Workers, bar: Any) -> tuple[float | None, dict[str, Any] | None]:
+def _head(bench: Bench, record: Record, workers: Trainers, bar: Any) -> tuple[float | None, dict[str, Any] | None]:
     """(the rate of what is trained beside the adapter, how it was chosen); None where it is the adapter's."""
     settings = bench.settings
     if settings.head_rate is not None:
@@ -136,7 +136,7 @@ def _head(bench: Bench, record: Record, workers: _Workers, bar: Any) -> tuple[fl
 
 
 def _trials(
-    rows: Sequence[Row], settings: Settings, head_rate: float | None, record: Record, workers: _Workers, bar: Any
+    rows: Sequence[Row], settings: Settings, head_rate: float | None, record: Record, workers: Trainers, bar: Any
 ) -> list[Trial]:
     """Every method of every row with its rate."""
     pairs = [(row.name, method) for row in rows for method in row.methods]
@@ -253,7 +253,7 @@ def _experiment(
     }
 
 
-class _Workers:
+class Trainers:
     """Trains here, or in `jobs` processes, each with its share of the cores."""
 
     def __init__(self, bench: Bench, jobs: int) -> None:

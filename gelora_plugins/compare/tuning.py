@@ -54,7 +54,8 @@ class Search:
         return list(range(FIRST_SEED, FIRST_SEED + self.seeds))
 
     def _run(self, rate: float, seed: int) -> Run:
-        return replace(self.made, seed=seed, **{"head_rate" if self.of_head else "rate": rate})
+        made = replace(self.made, seed=seed)
+        return replace(made, head_rate=rate) if self.of_head else replace(made, rate=rate)
 
     def _found(self, record: Record) -> dict[float, dict[int, float]]:
         """What is recorded, grown from the grid as the search itself would: what others tried is not taken."""
@@ -91,7 +92,7 @@ def head_searches(settings: Settings, recipe: Recipe, record: Record, workers: W
     """
     made = Run("head", "uniform", recipe, 0, 0.0, choosing=True)
     rough = Search(made, settings.rates, min(ROUGH, settings.rate_seeds))
-    rate, searches = _searched(rough, record, workers, bar), []
+    rate, searches = _searched(rough, record, workers, bar), list[Search]()
     while rate is not None and len(searches) < ROUNDS:
         searches.append(Search(replace(made, rate=rate), settings.rates, settings.rate_seeds, of_head=True))
         head = _searched(searches[-1], record, workers, bar)

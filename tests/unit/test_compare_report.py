@@ -155,3 +155,17 @@ def test_a_record_without_device_and_our_version_is_read(made: Any, tmp_path: Pa
     assert [r.scores for r in again.results] == [r.scores for r in found.results]
     assert again.contrasts == found.contrasts
     assert not again.gaps
+
+
+RECORDED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("compare*/comparison.json"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
+def test_what_was_recorded_is_read_as_it_was(path: Path) -> None:
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    again = json.loads(json.dumps(Comparison.read(path.parent).to_dict()))
+    for part in ("results", "contrasts"):
+        assert [{name: a[name] for name in b} for a, b in zip(again[part], recorded[part], strict=True)] == recorded[
+            part
+        ]
+    assert again["lines"] == recorded["lines"]
