@@ -24,7 +24,7 @@ WIDEN = 3.0  # between a rate at the edge and the one that is tried beyond it
 FURTHEST = 100.0  # times the highest rate of the grid, or its lowest divided by it, and no rate beyond
 WINDOW = 3.5  # within this factor the loss is a cubic over the logarithm of the rate, near enough
 SHARE = 0.05  # of resamples of the seeds: a rate that is the best in as many could as well have been chosen
-RESAMPLES = 500
+RESAMPLES = 200
 
 
 @dataclass(frozen=True)

@@ -143,25 +143,37 @@ def _outcomes(experiment: Mapping[str, Any], lines: Mapping[str, Mapping[str, An
     for row in experiment["rows"]:
         for method in row["methods"]:
             made = [lines[key] for key in method["keys"] if key in lines]
-            if made and len(made) == len(method["keys"]) and not any(map(diverged, made)):
+            missing = sum(key not in lines for key in _keys(method))
+            if made and not missing and not any(map(diverged, made)):
                 yield _result(experiment, row["name"], method, made, lines)
             else:
-                yield _gap(experiment, row["name"], method, made)
+                yield _gap(experiment, row["name"], method, made, missing)
 
 
-def _gap(experiment: Mapping[str, Any], row: str, method: Mapping[str, Any], made: Sequence[Mapping[str, Any]]) -> Gap:
+def _keys(method: Mapping[str, Any]) -> list[str]:
+    """Of all runs that judge it: a difference is not known before its neighbours are, see `contrasts.py`."""
+    return [*method["keys"], *(key for other in method.get("others", ()) for key in other["keys"])]
+
+
+def _gap(
+    experiment: Mapping[str, Any],
+    row: str,
+    method: Mapping[str, Any],
+    made: Sequence[Mapping[str, Any]],
+    missing: int,
+) -> Gap:
     """A mean over the seeds that are left would not be comparable, so what they scored is only said."""
-    total, scores = len(method["keys"]), [run["score"] for run in made if not diverged(run)]
-    unfinished = len(made) < total or not total
+    total, scores = len(_keys(method)), [run["score"] for run in made if not diverged(run)]
+    unfinished = missing > 0 or not total
     search = method.get("search")
     if search and search["chosen"] is None and not method.get("failure"):
         return Gap(experiment["task"]["name"], f"{row}, {method['name']}: {search['why']}.", unfinished=False)
     if method.get("failure"):
         reason = f"{method['failure']} Run the same command again to try it once more."
     elif unfinished:
-        reason = f"{total - len(made)} of {total} runs are not done. Run the same command again; it goes on there."
+        reason = f"{missing} of {total} runs are not done. Run the same command again; it goes on there."
     else:
-        reason = f"{total - len(scores)} of {total} seeds diverged at its best rate, {method['rate']:g}. "
+        reason = f"{len(made) - len(scores)} of {len(made)} seeds diverged at its best rate, {method['rate']:g}. "
         reason += "Give lower rates."
     if scores:
         reason += f" The other scores: {', '.join(f'{_unit(experiment) * score:.4g}' for score in scores)}."
@@ -215,10 +227,9 @@ def _around(
 ) -> tuple[Around, ...]:
     found = []
     for other in method.get("others", ()):
-        made = [lines[key] for key in other["keys"] if key in lines]
-        if len(made) == len(other["keys"]):
-            scores = tuple(None if diverged(run) else _unit(experiment) * run["score"] for run in made)
-            found.append(Around(other["rate"], scores, other["rate"] in method["search"]["as_good"]))
+        made = [lines[key] for key in other["keys"]]
+        scores = tuple(None if diverged(run) else _unit(experiment) * run["score"] for run in made)
+        found.append(Around(other["rate"], scores, other["rate"] in method["search"]["as_good"]))
     return tuple(sorted(found, key=lambda around: around.rate))
 
 

@@ -139,13 +139,15 @@ class Comparison:
         parts = ["# Comparison at equal LoRA parameters\n"]
         for experiment in self.experiments:
             task, settings, rows = experiment["task"], experiment["settings"], _train_rows(experiment)
+            tables = self.rates_table(task["name"])
+            rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
             parts.append(
                 f"## {markdown(task['name'])}: {task['metric']}\n\n{markdown(experiment['model'])}, {rows} training "
-                f"rows, {task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, rates "
-                f"{', '.join(f'{rate:g}' for rate in settings['rates'])}.\n"
+                f"rows, {task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, "
+                f"{'rates searched for from' if tables else 'rates'} {rates}.\n"
             )
             parts.append(self.table(task["name"]))
-            parts += self.rates_table(task["name"])
+            parts += tables
         return "\n".join([*parts, *(f"- {markdown(line)}" for line in self.lines())]) + "\n"
 
     def table(self, task: str) -> str:

@@ -89,6 +89,20 @@ def test_the_seeds_that_judge_also_run_at_the_two_neighbours(make: Make) -> None
     assert f"| {ours.choosing_runs} |" in text
 
 
+def test_without_all_neighbours_there_is_no_result_yet(make: Make, tmp_path: Path) -> None:
+    """A difference that is known at the chosen rate alone would be too sure."""
+    loss = lambda made: 0.8 + far(made.rate, 3e-3) + noise(made)  # noqa: E731
+    found, _ = make(loss)
+    path = tmp_path / "tiny" / "runs.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    left = Comparison.read(tmp_path)
+    assert len(left.results) == 1
+    assert "1 of 9 runs are not done. Run the same command again" in str(left.gaps[0])
+    again, asked = make(loss)
+    assert (again, len(asked)) == (found, 1)
+
+
 # The head
 
 
