@@ -6,7 +6,8 @@ the same rows. Below 0 something was learned; at 0 or above, and where it is no 
 The search has three levels. The grid is tried with one seed, and widened until its best rate has a neighbour on either
 side. The best is tried with a second seed, and so are its neighbours and the geometric means between, until these are
 within FACTOR. Then the best and its neighbours get all seeds. At each level, a neighbour that turns out to be the best
-gets neighbours of its own. A seed is the same rows and the same draws for every rate, so rates are compared in pairs.
+gets neighbours of its own. Last, one seed goes up to where it diverges: methods differ in that, too. A seed is the same
+rows and the same draws for every rate, so rates are compared in pairs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ Found = Mapping[float, Mapping[int, float]]
 FACTOR = 1.5  # between a chosen rate and its neighbours, at the most
 WIDEN = 3.0  # between a rate at the edge and the one that is tried beyond it
 FURTHEST = 100.0  # times the highest rate of the grid, or its lowest divided by it, and no rate beyond
+TO_CLIFF = 2.0  # between the largest rate that is known to be stable and the smallest that is known not to be
 WINDOW = 3.5  # within this factor the loss is a cubic over the logarithm of the rate, near enough
 SHARE = 0.05  # of resamples of the seeds: a rate that is the best in as many could as well have been chosen
 RESAMPLES = 200
@@ -58,6 +60,18 @@ def next_runs(found: Found, grid: Sequence[float], seeds: Sequence[int]) -> list
             return runs
     rate, _ = _chosen(found, seeds)
     return [] if rate is None else _missing(found, _neighbours(found, rate, grid, FACTOR), seeds)
+
+
+def cliff_runs(found: Found, grid: Sequence[float], seeds: Sequence[int]) -> list[tuple[float, int]]:
+    """The (rate, seed) to run next, after a search has ended, to find where runs diverge: one seed, to TO_CLIFF."""
+    rate, _ = _chosen(found, seeds)
+    if rate is None:
+        return []
+    cliff = _cliff(found)
+    if cliff is None:
+        return [(further, seeds[0]) for further in _beyond(max(found), WIDEN, grid)]
+    stable = max(r for r in found if r < cliff)
+    return [(rounded(math.sqrt(stable * cliff)), seeds[0])] if cliff / stable > TO_CLIFF else []
 
 
 def choose(found: Found, seeds: Sequence[int]) -> Choice:

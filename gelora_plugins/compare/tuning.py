@@ -8,7 +8,7 @@ from typing import Any
 
 from gelora_plugins.compare.allocations import Method, Recipe
 from gelora_plugins.compare.bench import Settings
-from gelora_plugins.compare.rates import FACTOR, Choice, choose, next_runs
+from gelora_plugins.compare.rates import FACTOR, Choice, Found, choose, cliff_runs, next_runs
 from gelora_plugins.compare.record import Record, Run, Workers, diverged, excess
 
 FIRST_SEED = 1000  # of those that choose rates; those that judge begin at 0
@@ -25,7 +25,7 @@ class Search:
         made: a run of the search; its seed, and the rate that is searched for, are not looked at.
         grid: the rates to begin with.
         seeds: how many.
-        of_head: whether it is the head's rate that is searched for.
+        of_head: whether it is the head's rate that is searched for; then it is of no interest where that diverges.
     """
 
     made: Run
@@ -37,8 +37,7 @@ class Search:
         """What to train next; nothing where the search has ended, or its recipe failed."""
         if self.made.recipe in record.failures:
             return []
-        found = self._found(record)
-        return [self._run(rate, seed) for rate, seed in next_runs(found, self.grid, self._seeds)]
+        return [self._run(rate, seed) for rate, seed in self._next(self._found(record))]
 
     def done(self, record: Record) -> dict[float, list[str]]:
         """The keys of its runs that are recorded, by rate."""
@@ -53,6 +52,10 @@ class Search:
     def _seeds(self) -> list[int]:
         return list(range(FIRST_SEED, FIRST_SEED + self.seeds))
 
+    def _next(self, found: Found) -> list[tuple[float, int]]:
+        runs = next_runs(found, self.grid, self._seeds)
+        return runs if runs or self.of_head else cliff_runs(found, self.grid, self._seeds)
+
     def _run(self, rate: float, seed: int) -> Run:
         made = replace(self.made, seed=seed)
         return replace(made, head_rate=rate) if self.of_head else replace(made, rate=rate)
@@ -61,7 +64,7 @@ class Search:
         """What is recorded, grown from the grid as the search itself would: what others tried is not taken."""
         found: dict[float, dict[int, float]] = {}
         while True:
-            asked = next_runs(found, self.grid, self._seeds)
+            asked = self._next(found)
             there = [(r, s, record.lines.get(self._run(r, s).key(record.identity))) for r, s in asked]
             if not asked or any(line is None for *_, line in there):
                 return found

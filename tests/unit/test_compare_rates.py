@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from gelora_plugins.compare.rates import FACTOR, FURTHEST, Choice, choose, next_runs, rounded
+from gelora_plugins.compare.rates import FACTOR, FURTHEST, Choice, choose, cliff_runs, next_runs, rounded
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (1000, 1001, 1002, 1003, 1004)
@@ -80,6 +80,28 @@ def test_a_rate_beyond_the_cliff_gets_no_more_seeds() -> None:
     assert choice.cliff == min(rate for rate in found if rate > 5e-3)
     assert choice.stable == max(rate for rate in found if rate <= 5e-3)
     assert max(choice.near) < 5e-3
+
+
+@pytest.mark.parametrize("cliff", [6e-3, 0.05, math.inf])
+def test_where_runs_diverge_is_found_with_one_seed(cliff: float) -> None:
+    def loss(rate: float, seed: int) -> float:
+        return BEYOND if rate > cliff else valley(4e-3, bend=0.02)(rate)
+
+    choice, found = searched(loss)
+    before = sum(map(len, found.values()))
+    while runs := cliff_runs(found, GRID, SEEDS):
+        for rate, seed in runs:
+            found.setdefault(rate, {})[seed] = loss(rate, seed)
+        assert not next_runs(found, GRID, SEEDS)
+    after = choose(found, SEEDS)
+    assert after.rate == choice.rate
+    assert after.stable is not None
+    assert sum(map(len, found.values())) - before <= 6
+    if cliff == math.inf:
+        assert after.cliff is None
+        assert after.stable > 0.3
+    else:
+        assert after.stable <= cliff < (after.cliff or 0) <= 2 * after.stable
 
 
 def planted(above: float, below: float) -> Choice:
