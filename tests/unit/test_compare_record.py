@@ -450,3 +450,11 @@ def test_a_name_that_leads_elsewhere_is_refused_before_anything_is_trained(
     assert "The task is called '../../x'" in capsys.readouterr().err
     assert not asked
     assert not (files / "out").exists()
+
+
+def test_the_heads_rate_is_an_option(model: str, files: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    plan = save_plan(Bench(model, tiny_task(), SETTINGS, files), files / "a" / "plan.json")
+    asked = say(said(lambda made: 0.5))
+    options = ("--plan", plan, "--head-rate", "0.02", "--rates", "1e-3")
+    assert run_command(monkeypatch, *arguments_of(model, files), *options) == 0
+    assert {made.head_rate for made in asked} == {0.02}
