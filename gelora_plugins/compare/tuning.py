@@ -121,7 +121,7 @@ class Trial:
     Attributes:
         search: None where the rate is not chosen but taken.
         rate: that of the result: the chosen one, or a lower one where seeds diverged there.
-        judged: all rates at which every judging seed has run, or failed.
+        judged: all rates at which the seeds that judge run: that one, its neighbours, and lower ones that were tried.
     """
 
     row: str
@@ -129,8 +129,11 @@ class Trial:
     head_rate: float | None
     search: Search | None
     choice: Choice | None
-    rate: float | None = None
-    judged: list[float] = field(default_factory=list)
+    rate: float | None
+    judged: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.judged = [] if self.rate is None else [self.rate, *(self.choice.near if self.choice else ())]
 
     def finals(self, rate: float, seeds: int) -> list[Run]:
         """The runs that judge at `rate`."""
@@ -181,9 +184,6 @@ def judge(trials: Sequence[Trial], seeds: int, record: Record, workers: Workers,
     Seed by seed, so that a comparison that is stopped has as many seeds of one method as of another.
     """
     chosen = [trial for trial in trials if trial.rate is not None]
-    for trial in chosen:
-        assert trial.rate is not None
-        trial.judged = [trial.rate, *(trial.choice.near if trial.choice else ())]
     for places in (slice(1), slice(1, None)):
         made = [t.finals(rate, seeds) for t in chosen for rate in t.judged[places]]
         make(record, [run for of_seed in zip(*made, strict=True) for run in of_seed], workers, bar)

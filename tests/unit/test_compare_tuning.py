@@ -103,6 +103,23 @@ def test_without_all_neighbours_there_is_no_result_yet(make: Make, tmp_path: Pat
     assert (again, len(asked)) == (found, 1)
 
 
+def test_one_that_is_killed_while_it_judges_is_not_surer_than_one_that_is_whole(make: Make, tmp_path: Path) -> None:
+    """The seeds run at the chosen rates first."""
+    asked = []
+
+    def killed(made: Run) -> float:
+        asked.append(made)
+        if sum(not made.choosing for made in asked) == 8:
+            raise KeyboardInterrupt
+        return 0.8 + far(made.rate, 3e-3) + noise(made)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(killed)
+    left = Comparison.read(tmp_path)
+    assert not left.results
+    assert [gap.unfinished for gap in left.gaps] == [True, True]
+
+
 # The head
 
 
