@@ -20,7 +20,7 @@ from gelora_plugins.compare.record import Record, Run, digest, locked, made_of
 from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task, check_name
 from gelora_plugins.compare.train import attempt, measure_eva
-from gelora_plugins.compare.tuning import Search, Trial, head_searches, judge, search_all, search_to_dict
+from gelora_plugins.compare.tuning import Search, Trial, head_search, judge, search_all, search_to_dict
 from gelora_plugins.compare.workers import side_by_side
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.profile import DimensionProfile
@@ -128,11 +128,11 @@ def _head(bench: Bench, record: Record, workers: Trainers, bar: Any) -> tuple[fl
     if bench.task.kind == "causal-lm" or len(settings.rates) == 1:
         return None, None
     recipe = lora([settings.rank] * len(bench.sites), bench.sites)
-    searches = head_searches(settings, recipe, record, workers, bar)
-    choice = searches[-1].choice(record) if searches else None
-    if choice is None:
+    search = head_search(settings, recipe, record, workers, bar)
+    choice = None if search is None else search.choice(record)
+    if search is None or choice is None:
         return None, None
-    return choice.rate, {"beside": searches[-1].made.rate, **search_to_dict(searches[-1], choice, record)}
+    return choice.rate, {"beside": search.made.rate, **search_to_dict(search, choice, record)}
 
 
 def _trials(

@@ -8,12 +8,11 @@ from typing import Any
 
 from gelora_plugins.compare.allocations import Method, Recipe
 from gelora_plugins.compare.bench import Settings
-from gelora_plugins.compare.rates import FACTOR, Choice, Found, choose, cliff_runs, next_runs
+from gelora_plugins.compare.rates import Choice, Found, choose, cliff_runs, next_runs
 from gelora_plugins.compare.record import Record, Run, Workers, diverged, excess
 
 FIRST_SEED = 1000  # of those that choose rates; those that judge begin at 0
-ROUGH = 2  # seeds of the search that only begins that of the head's rate
-ROUNDS = 2  # of the search for the head's rate, where the adapter's moves with it
+ROUGH = 2  # seeds of the search for a rate to search for the head's beside
 FALLS = 3  # lower rates that are tried where judging seeds diverge
 
 
@@ -25,13 +24,15 @@ class Search:
         made: a run of the search; its seed, and the rate that is searched for, are not looked at.
         grid: the rates to begin with.
         seeds: how many.
-        of_head: whether it is the head's rate that is searched for; then it is of no interest where that diverges.
+        of_head: whether it is the head's rate that is searched for.
+        to_cliff: whether it goes up to where runs diverge.
     """
 
     made: Run
     grid: tuple[float, ...]
     seeds: int
     of_head: bool = False
+    to_cliff: bool = True
 
     def runs(self, record: Record) -> list[Run]:
         """What to train next; nothing where the search has ended, or its recipe failed."""
@@ -54,7 +55,7 @@ class Search:
 
     def _next(self, found: Found) -> list[tuple[float, int]]:
         runs = next_runs(found, self.grid, self._seeds)
-        return runs if runs or self.of_head else cliff_runs(found, self.grid, self._seeds)
+        return runs if runs or not self.to_cliff else cliff_runs(found, self.grid, self._seeds)
 
     def _run(self, rate: float, seed: int) -> Run:
         made = replace(self.made, seed=seed)
@@ -86,32 +87,21 @@ def make(record: Record, runs: Sequence[Run], workers: Workers, bar: Any) -> Non
     record.make(runs, workers, bar)
 
 
-def head_searches(settings: Settings, recipe: Recipe, record: Record, workers: Workers, bar: Any) -> list[Search]:
-    """The searches of the head's rate on `recipe`, made; the last of them counts.
+def head_search(settings: Settings, recipe: Recipe, record: Record, workers: Workers, bar: Any) -> Search | None:
+    """The search for the head's rate on `recipe`, made; None where the adapter has no rate to search beside.
 
-    The two rates are found in turn: the adapter's with the head at the same one (two seeds are enough to begin with),
-    the head's at that, the adapter's at that. Where the adapter's rate moves by more than FACTOR, the head's is
-    searched for once more.
+    It is made at the adapter's best rate with the head at the same one, which two seeds are enough for. The adapter's
+    own rate is searched for after it.
     """
     made = Run("head", "uniform", recipe, 0, 0.0, choosing=True)
-    rough = Search(made, settings.rates, min(ROUGH, settings.rate_seeds))
-    rate, searches = _searched(rough, record, workers, bar), list[Search]()
-    while rate is not None and len(searches) < ROUNDS:
-        searches.append(Search(replace(made, rate=rate), settings.rates, settings.rate_seeds, of_head=True))
-        head = _searched(searches[-1], record, workers, bar)
-        if head is None:
-            break
-        before, again = rate, Search(replace(made, head_rate=head), settings.rates, settings.rate_seeds)
-        rate = _searched(again, record, workers, bar)
-        if rate is None or max(rate / before, before / rate) <= FACTOR:
-            break
-    return searches
-
-
-def _searched(search: Search, record: Record, workers: Workers, bar: Any) -> float | None:
+    beside = Search(made, settings.rates, min(ROUGH, settings.rate_seeds), to_cliff=False)
+    search_all([beside], record, workers, bar)
+    choice = beside.choice(record)
+    if choice is None or choice.rate is None:
+        return None
+    search = Search(replace(made, rate=choice.rate), settings.rates, settings.rate_seeds, of_head=True, to_cliff=False)
     search_all([search], record, workers, bar)
-    choice = search.choice(record)
-    return None if choice is None else choice.rate
+    return search
 
 
 @dataclass
