@@ -20,7 +20,7 @@ from gelora_plugins.compare.rates import rounded
 from gelora_plugins.compare.record import Record, Run, diverged, locked
 from gelora_plugins.compare.run import Trainers
 
-FIRST, FACTOR, COUNT = 0.0022, 1.3, 8
+LOW, FACTOR, STEPS = 0.0022, 1.3, range(-2, 6)
 GOOD, WITHIN = 74.5, 1.0  # the score to reach, and points from the sweep's best
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     bench = Bench(model, task, settings, options.folder)
     assert bench.identity == made["identity"], "the comparison was made with other settings, versions or another device"
     recipe = lora([settings.rank] * len(bench.sites), bench.sites)
-    rates = sorted({rate, *(rounded(FIRST * FACTOR**step) for step in range(COUNT))})
+    rates = sorted({rate, *(rounded(LOW * FACTOR**step) for step in STEPS)})
     runs = {
         rate: [Run("sweep", "uniform", recipe, seed, rate, False, head_rate) for seed in range(options.seeds)]
         for rate in rates
