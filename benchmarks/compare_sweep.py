@@ -21,6 +21,7 @@ from gelora_plugins.compare.record import Record, Run, diverged, locked
 from gelora_plugins.compare.run import Trainers
 
 LOW, FACTOR, STEPS = 0.0022, 1.3, range(-2, 6)
+SAME = 0.06  # a rate that differs by no more from one that the comparison judged is that one
 GOOD, WITHIN = 74.5, 1.0  # the score to reach, and points from the sweep's best
 
 
@@ -32,12 +33,15 @@ def main() -> None:
     options = parser.parse_args()
     made = json_files.read_json(options.folder / "experiment.json")
     head_rate = made["head"]["chosen"]
-    (rate,) = {m["search"]["chosen"] for row in made["rows"] for m in row["methods"] if m["name"] == "uniform"}
+    uniform = next(m for row in made["rows"] for m in row["methods"] if m["name"] == "uniform")
+    rate = uniform["search"]["chosen"]
+    judged = {rate, *(other["rate"] for other in uniform["others"])}
     model, task, settings = task_and_settings("docstrings", None)
     bench = Bench(model, task, settings, options.folder)
     assert bench.identity == made["identity"], "the comparison was made with other settings, versions or another device"
     recipe = lora([settings.rank] * len(bench.sites), bench.sites)
-    rates = sorted({rate, *(rounded(LOW * FACTOR**step) for step in STEPS)})
+    others = (rounded(LOW * FACTOR**step) for step in STEPS)
+    rates = sorted({*judged, *(r for r in others if all(abs(r / j - 1) > SAME for j in judged))})
     runs = {
         rate: [Run("sweep", "uniform", recipe, seed, rate, False, head_rate) for seed in range(options.seeds)]
         for rate in rates
