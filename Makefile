@@ -34,10 +34,10 @@ $(TEST) $(REST):
 test-perturbed: environment
 	@$(PYTHON3) .ci/perturbed.py
 
-# The whole protocol of a comparison in about ten minutes of two cores: the head's rate, two methods with theirs, their
+# The whole protocol of a comparison in under ten minutes of two cores: the head's rate, two methods with theirs, their
 # neighbours, and the picture of score against rate. What comes out is checked against the record.
 compare-small: environment
-	OMP_NUM_THREADS=1 $(MAIN)/bin/python benchmarks/compare_tasks.py docstrings --train-rows 200 --plans budget \
+	OMP_NUM_THREADS=1 $(MAIN)/bin/python benchmarks/compare_tasks.py docstrings --train-rows 120 --plans budget \
 	  --methods plan,uniform --jobs $(CORES) --output compare-small
 	$(MAIN)/bin/python benchmarks/compare_check.py compare-small
 
