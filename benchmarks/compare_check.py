@@ -2,8 +2,8 @@
 
 Trainings follow the rounding of the processor: elsewhere scores are other draws from what the seeds vary anyway, and
 the best of two rates that are nearly as good may be the other one. So no digits are compared. An error is: a
-difference is told to be better in one and worse in the other; a score, or a difference, at the recorded rates is
-further from the recorded one than the spread of the seeds of both explains (Welch's t test, Holm's correction, 1 %
+difference is told to be better in one and worse in the other; a score, or a difference, at rates that both have tried
+is further from the recorded one than the spread of the seeds of both explains (Welch's t test, Holm's correction, 1 %
 for all of either kind together); a method has other LoRA parameters.
 """
 
@@ -16,6 +16,7 @@ from machine import RESULTS
 from scipy import stats
 
 from gelora_plugins.compare.allocations import TOLERANCE
+from gelora_plugins.compare.results import Result
 from gelora_plugins.compare.stats import holm
 from gelora_plugins.compare.summary import Comparison
 
@@ -38,24 +39,34 @@ def check(made: Comparison, recorded: Comparison) -> tuple[list[str], list[str]]
     opposite = {"better": "worse", "worse": "better"}
     wrong += [f"{c}\n  recorded: {other}" for c, other in both if opposite.get(c.verdict) == other.verdict]
 
-    same_rate = {name for name, r in new.items() if r.rate == old[name].rate}
-    wrong += _beyond_spread((", ".join(name), new[name].scores, old[name].scores) for name in new if name in same_rate)
+    pairs = {name: pair for name in new if (pair := at_one_rate(new[name], old[name]))}
+    wrong += _beyond_spread((", ".join(name), *pair) for name, pair in pairs.items())
     differences = []
     for c, _ in both:
-        ours, theirs = (c.task, c.row, c.ours), (c.task, c.row, c.theirs)
-        if {ours, theirs} <= same_rate:
-            pairs = [(r[ours].scores, r[theirs].scores) for r in (new, old)]
-            samples = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
+        ours, theirs = pairs.get((c.task, c.row, c.ours)), pairs.get((c.task, c.row, c.theirs))
+        if ours and theirs:
+            samples = [[a - b for a, b in zip(*scores, strict=True)] for scores in zip(ours, theirs, strict=True)]
             differences.append((f"{c.task}, {c.row}: {c.ours} - {c.theirs}", *samples))
     wrong += _beyond_spread(differences)
     if wrong:
         return [], wrong
     signs = sum(c.difference.mean * other.difference.mean > 0 for c, other in both)
     return [
-        f"{len(same_rate)} of {len(new)} methods chose the recorded rate; none of their scores, and none of their "
+        f"{len(pairs)} of {len(new)} methods were judged at a recorded rate; none of their scores, and none of their "
         f"{len(differences)} differences, is further from the recorded one than the spread of the seeds explains.",
         f"{signs} of {len(both)} differences have the recorded sign; none is told to be the other way round.",
     ], []
+
+
+def at_one_rate(made: Result, recorded: Result) -> tuple[Sequence[float], Sequence[float]] | None:
+    """The scores of both at a rate that both were judged at, one of the two chosen ones if that can be."""
+    if made.head_rate != recorded.head_rate:
+        return None
+    ours, theirs = (
+        {r.rate: r.scores} | {a.rate: a.scores for a in r.around if not a.diverged} for r in (made, recorded)
+    )
+    common = [rate for rate in (recorded.rate, made.rate, *ours) if rate in ours and rate in theirs]
+    return (ours[common[0]], theirs[common[0]]) if common else None
 
 
 def _beyond_spread(samples: Iterable[tuple[str, Sequence[float], Sequence[float]]]) -> list[str]:
@@ -80,7 +91,9 @@ def _p(made: Sequence[float], recorded: Sequence[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a comparison that was made anew")
-    found, wrong = check(Comparison.read(parser.parse_args().folder), Comparison.read(RESULTS / "compare"))
+    parser.add_argument("--recorded", type=Path, default=RESULTS / "compare-small", help="the one that is recorded")
+    options = parser.parse_args()
+    found, wrong = check(Comparison.read(options.folder), Comparison.read(options.recorded))
     print("\n".join(found + wrong))
     raise SystemExit(1 if wrong else 0)
 

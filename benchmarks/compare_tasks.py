@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import RESULTS, machine
 
 from gelora_plugins import GeLoRAConfig, json_files
@@ -26,9 +27,11 @@ from gelora_plugins.compare.run import compare, default_plans
 from gelora_plugins.compare.task import Task, load_task
 from gelora_plugins.demo import smollm2
 
+# Where the processor has no instruction for it, bfloat16 takes many times as long as float32.
+BF16 = torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 # As in the paper: query, key, value and output of the attention. All are of one size in MiniLM, so EVA and AdaLoRA,
 # which spend ranks and not parameters, come to the same parameters exactly.
-MINILM = Settings(target_modules="query,key,value,attention.output.dense", rates=(3e-4, 1e-3, 3e-3, 1e-2), bf16=True)
+MINILM = Settings(target_modules="query,key,value,attention.output.dense", bf16=BF16)
 # SmolLM2 has smaller keys and values. Its budget is small, and so is its grid: a run takes a minute on a CPU.
 SMOLLM2 = Settings(
     target_modules="q_proj,o_proj",
@@ -37,7 +40,7 @@ SMOLLM2 = Settings(
     batch_size=8,
     grid=(1, 2, 8),
     methods=("plan", "uniform", "permuted", "grid"),
-    bf16=True,
+    bf16=BF16,
 )
 EPOCHS = {"cola": 5, "stsb": 5}  # MiniLM learns nothing of them in 3
 SIZES: dict[str, dict[str, Any]] = {
@@ -100,7 +103,7 @@ def _docstrings(package: str) -> Iterator[str]:
 def task_and_settings(name: str, data: Path | None) -> tuple[str, Task, Settings]:
     """(model, task, settings) of a recorded comparison."""
     if name == "docstrings":
-        return minilm(), docstrings(), replace(MINILM, rates=(*MINILM.rates, 3e-2))  # its best rates are high
+        return minilm(), docstrings(), MINILM
     if data is None:
         raise SystemExit(f"{name} needs --data DIR with DIR/{name}/train.jsonl.gz and validation.jsonl.gz")
     task = fresh_sst2(data) if name == "sst2_fresh" else from_files(name, data)
@@ -122,8 +125,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("tasks", nargs="+", choices=["docstrings", "sst2_fresh", *SIZES])
     parser.add_argument("--data", type=Path, help="folder of the tasks that are read from files")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", help="learning rates, with commas; one is not chosen but taken")
-    parser.add_argument("--rate-seeds", type=int, default=1, help="runs for each rate")
+    parser.add_argument("--rates", help="learning rates to begin with, with commas; one is not chosen but taken")
+    parser.add_argument("--rate-seeds", type=int, default=5, help="seeds that choose the rates")
+    parser.add_argument("--head-rate", type=float, help="of the head; chosen if not given, 0: the adapter's")
+    parser.add_argument("--train-rows", type=int, help="how many of the training rows to take")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--plans", default="published,budget", help="which of GeLoRA's plans, with commas")
     parser.add_argument("--methods", help="which of the methods, with commas")
@@ -134,7 +139,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def chosen(options: argparse.Namespace, settings: Settings) -> Settings:
     """The settings of a task with what the command line says otherwise."""
-    settings = replace(settings, seeds=options.seeds, rate_seeds=options.rate_seeds)
+    settings = replace(settings, seeds=options.seeds, rate_seeds=options.rate_seeds, head_rate=options.head_rate)
     if options.methods:
         settings = replace(settings, methods=tuple(options.methods.split(",")))
     if options.rates:
@@ -150,6 +155,8 @@ def main() -> None:
     for name in options.tasks:
         model, task, settings = task_and_settings(name, options.data)
         settings = chosen(options, settings)
+        if options.train_rows:
+            task = replace(task, train=task.train[: options.train_rows])
         plans = default_plans(Bench(model, task, settings, output / task.name), GeLoRAConfig())
         plans = {plan: plans[plan] for plan in options.plans.split(",")}
         found = compare(model, task, output, settings, plans=plans, jobs=options.jobs)

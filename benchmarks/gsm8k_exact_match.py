@@ -19,7 +19,8 @@ from machine import RESULTS, machine
 from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench
-from gelora_plugins.compare.train import trained
+from gelora_plugins.compare.record import Run
+from gelora_plugins.compare.train import adapted, fit, total_steps
 
 ROWS, EXAMPLES, NEW_TOKENS, BATCH, RATE = 60, 3, 160, 20, 3e-3
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -59,14 +60,18 @@ def main() -> None:
     prompts, answers = [row["prompt"] + "\n" for row in test], [row["final_answer"] for row in test]
     examples = "".join(f"{row['prompt']}{row['completion']}\n\n" for row in task.train[:EXAMPLES])
     recipe = lora([8] * len(bench.sites), bench.sites)
+    made, steps = (
+        Run("exact match", "uniform", recipe, 0, RATE, choosing=False),
+        total_steps(bench, len(bench.drawn(0))),
+    )
+    model = adapted(bench, recipe, 0, steps)
+    fit(bench, model, made, bench.drawn(0), steps)
     found = {
         "pretrained": exact_match(bench.load(0).eval(), bench.tokenizer, prompts, answers),
         "pretrained, worked examples": exact_match(
             bench.load(0).eval(), bench.tokenizer, [examples + prompt for prompt in prompts], answers
         ),
-        "trained, uniform rank 8": exact_match(
-            trained(bench, recipe, 0, RATE, bench.drawn(0))[0].eval(), bench.tokenizer, prompts, answers
-        ),
+        "trained, uniform rank 8": exact_match(model.eval(), bench.tokenizer, prompts, answers),
     }
     print(found)
     json_files.write_json(

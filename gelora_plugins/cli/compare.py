@@ -33,8 +33,13 @@ def compare(
     ] = "all-linear",
     grid: Annotated[str, typer.Option(help="Uniform ranks to compare with, with commas.")] = "1,2,4,8,16,32",
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 5,
-    rates: Annotated[str, typer.Option(help="Learning rates to choose from, with commas.")] = "3e-4,1e-3,3e-3,1e-2",
-    rate_seeds: Annotated[int, typer.Option(help="Runs for each rate.")] = 3,
+    rates: Annotated[
+        str, typer.Option(help="Learning rates that each search begins with, with commas; one is not chosen but taken.")
+    ] = "3e-4,1e-3,3e-3,1e-2",
+    rate_seeds: Annotated[int, typer.Option(help="Seeds that choose a rate; others than those that judge.")] = 5,
+    head_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the head; chosen once if not given, 0: the adapter's.")
+    ] = None,
     bf16: Annotated[bool, typer.Option(help="Train and score in bfloat16 mixed precision.")] = False,
     epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
@@ -61,7 +66,7 @@ def compare(
     settings = Settings(
         rank, alpha, target_modules, listed(methods, str) or METHODS, listed(grid, int), seeds, listed(rates, float)
     )
-    settings = replace(settings, rate_seeds=rate_seeds, rows_per_seed=rows_per_seed, epochs=epochs)
+    settings = replace(settings, rate_seeds=rate_seeds, head_rate=head_rate, rows_per_seed=rows_per_seed, epochs=epochs)
     settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16)
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
     plans = _by_name(plan, RankPlan.load) if plan else None

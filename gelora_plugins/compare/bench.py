@@ -41,9 +41,11 @@ class Settings:
         rows_per_seed: how many of the training rows each seed draws for itself, the same for every method; None: all,
             so that seeds do not vary the rows. What is measured once (GeLoRA's profile, EVA's components) is measured
             on all training rows.
-        rates: learning rates to choose from, for each method.
-        rate_seeds: runs for each rate, on four fifths of the training rows, scored on the fifth. With one, the luck of
-            a rate passes for a difference between methods.
+        rates: learning rates that the search of each method begins with, see `rates.py`; one is not chosen but taken.
+        rate_seeds: seeds of the search, other ones than those that judge; each holds out another fifth of the training
+            rows. With one, the luck of a rate passes for a difference between methods.
+        head_rate: learning rate of what is trained beside the adapter, such as a classification head, for all methods.
+            None: chosen once, on uniform LoRA of `rank`, where rates are chosen; 0: that of the adapter.
         epochs, batch_size, warmup: of every run; the rate rises over the share `warmup` of the steps, then falls
             linearly to 0.
         bf16: train and score in bfloat16 mixed precision. The weights, the probe and EVA stay in float32.
@@ -58,7 +60,8 @@ class Settings:
     grid: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     seeds: int = 5
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    rate_seeds: int = 3
+    rate_seeds: int = 5
+    head_rate: float | None = None
     epochs: int = 3
     batch_size: int = 16
     warmup: float = 0.06
@@ -73,6 +76,8 @@ class Settings:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected at least 1.")
         if not self.rates or not all(math.isfinite(rate) and rate > 0 for rate in self.rates):
             raise ConfigError(f"rates are {self.rates!r}; expected at least one, all above 0.")
+        if self.head_rate is not None and not (math.isfinite(self.head_rate) and self.head_rate >= 0):
+            raise ConfigError(f"head_rate is {self.head_rate!r}; expected more than 0, or 0 for the adapter's rate.")
         if not (math.isfinite(self.margin) and self.margin >= 0):
             raise ConfigError(f"margin is {self.margin!r}; expected 0 or more.")
         if self.grid and min(self.grid) < 1:

@@ -1,14 +1,18 @@
-"""The pictures of a comparison: score against parameters, and the rank patterns. Needs matplotlib."""
+"""The pictures of a comparison: score against parameters, the rank patterns, loss and score against the rate.
+
+Needs matplotlib.
+"""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
-from gelora_plugins.compare.stats import pareto
+from gelora_plugins.compare.stats import mean_interval, pareto
 from gelora_plugins.text import label
 
 if TYPE_CHECKING:
+    from gelora_plugins.compare.results import Result
     from gelora_plugins.compare.summary import Comparison
 
 
@@ -78,3 +82,47 @@ def draw_patterns(comparison: Comparison, path: str | os.PathLike[str]) -> None:
                 ax.text(x, y, f"{rank:.3g}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
     axes[-1].set_xlabel("block")
     figure.savefig(path, dpi=120)
+
+
+def draw_rates(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """Held-out loss against the rate for each method, and the scores at its rate and beside it, a row per task.
+
+    A cross is a rate at which a seed diverged, a ring the chosen one; the bars are 95 % intervals over the seeds.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = [
+        e["task"] for e in comparison.experiments if any(e["task"]["name"] == r.task for r in _searched(comparison))
+    ]
+    figure = Figure(figsize=(11, 4.5 * len(tasks)), layout="constrained")
+    for (losses, scores), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
+        for i, result in enumerate(r for r in _searched(comparison) if r.task == task["name"]):
+            color, name = f"C{i % 10}", label(f"{result.row}: {result.method}")
+            learned = [(t.rate, t.loss) for t in result.search if not t.diverged and t.loss is not None]
+            losses.plot(*zip(*learned, strict=True), ".-", color=color, linewidth=1, label=name)
+            gone = [t.rate for t in result.search if t.diverged]
+            losses.plot(gone, [1.0 - 0.03 * i] * len(gone), "x", color=color, transform=losses.get_xaxis_transform())
+            at = {rate: loss for rate, loss in learned if rate == result.rate}
+            losses.plot(at.keys(), at.values(), "o", color=color, markersize=9, fillstyle="none")
+            whole = [(a.rate, [s for s in a.scores if s is not None]) for a in result.around if not a.diverged]
+            points = sorted([*whole, (result.rate, list(result.scores))])
+            means = [mean_interval(values) for _, values in points]
+            shifted = [rate * 1.02**i for rate, _ in points]  # or they would hide each other
+            scores.errorbar(
+                shifted, [m for m, _ in means], yerr=[h or 0.0 for _, h in means], fmt=".-", capsize=2, color=color
+            )
+            scores.plot(result.rate * 1.02**i, result.mean, "o", color=color, markersize=9, fillstyle="none")
+        for axes, what in ((losses, "held-out loss, means over the seeds that choose"), (scores, task["metric"])):
+            axes.set_xscale("log")
+            axes.set_xlabel("learning rate of the adapter")
+            axes.set_ylabel(what)
+        losses.set_title(label(task["name"]))
+        losses.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def _searched(comparison: Comparison) -> list[Result]:
+    """The results with a search, each training once."""
+    return list({(r.task, r.search, r.rate, r.scores): r for r in reversed(comparison.results) if r.search}.values())[
+        ::-1
+    ]

@@ -21,7 +21,13 @@ from gelora_plugins.report.versions import versions
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a recipe, a seed and a rate, to choose the rate or for the result. `row` and `method` name it."""
+    """One training: a recipe, a seed and rates, to choose a rate or for the result. `row` and `method` name it.
+
+    Attributes:
+        rate: the learning rate at its highest.
+        choosing: train on four fifths of the training rows and score on the fifth that the seed names.
+        head_rate: of what is trained beside the adapter; None: `rate`.
+    """
 
     row: str
     method: str
@@ -29,13 +35,26 @@ class Run:
     seed: int
     rate: float
     choosing: bool
+    head_rate: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.row}, {self.method}, seed {self.seed}, rate {self.rate:g}"
+        return f"{self.row}, {self.method}, seed {self.seed}, {self.rates}"
+
+    @property
+    def rates(self) -> str:
+        """The rates in words."""
+        return f"rate {self.rate:g}" + ("" if self.head_rate is None else f", the head's {self.head_rate:g}")
 
     def key(self, identity: Mapping[str, Any]) -> str:
         """What the run is told by: everything that its score depends on, and no names."""
-        return digest([identity, self.recipe.to_dict(), self.seed, self.rate, self.choosing])[:24]
+        head = [] if self.head_rate is None else [self.head_rate]
+        return digest([identity, self.recipe.to_dict(), self.seed, self.rate, self.choosing, *head])[:24]
+
+
+def made_of(line: Mapping[str, Any]) -> Run:
+    """The run of a recorded line."""
+    fields = {name: line[name] for name in ("row", "method", "seed", "rate", "choosing")}
+    return Run(**fields, recipe=Recipe.from_dict(line["recipe"]), head_rate=line.get("head_rate"))
 
 
 def digest(value: Any) -> str:
@@ -43,33 +62,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def choosing_runs(row: str, method: str, recipe: Recipe, rates: Sequence[float], seeds: int) -> list[Run]:
-    """The runs that choose the rate of a method by rows that are held out; none where there is one rate."""
-    if len(rates) < 2:
-        return []
-    return [Run(row, method, recipe, seed, rate, choosing=True) for rate in rates for seed in range(seeds)]
-
-
-def worth_of_rates(
-    runs: Iterable[Run], identity: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]], higher_is_better: bool
-) -> dict[float, float]:
-    """The mean score of the seeds of each rate, as higher is better; -inf where one diverged.
-
-    Empty unless all runs are done.
-    """
-    found: dict[float, list[float]] = {}
-    for made in runs:
-        line = lines.get(made.key(identity))
-        if line is None:
-            return {}
-        score = -math.inf if diverged(line) else line["score"] if higher_is_better else -line["score"]
-        found.setdefault(made.rate, []).append(score)
-    return {rate: sum(scores) / len(scores) for rate, scores in found.items()}
-
-
 def diverged(line: Mapping[str, Any]) -> bool:
-    """Whether the run of this line ended with no finite score, or no finite loss."""
-    return line["score"] is None or line["loss"] is None
+    """Whether the run of this line ended with no finite score or loss, or one not below the constant answer's."""
+    return line["score"] is None or excess(line) >= 0
+
+
+def excess(line: Mapping[str, Any]) -> float:
+    """By how much the loss lies above that of the constant answer to the same rows; inf where it is no number.
+
+    -inf for a run that was recorded without the constant answer's loss.
+    """
+    if line["loss"] is None:
+        return math.inf
+    constant = line.get("constant_loss")
+    return -math.inf if constant is None else line["loss"] - constant
 
 
 class Workers(Protocol):
@@ -117,7 +123,7 @@ class Record:
             left = (run for run in missing if run.recipe not in failed)  # looked at when a worker is free
             for made, result in workers.train(left, jobs):
                 if isinstance(result, str):
-                    failed[made.recipe] = f"seed {made.seed} at the rate {made.rate:g} failed: {result}"
+                    failed[made.recipe] = f"seed {made.seed} at the {made.rates} failed: {result}"
                 else:
                     self._append({"key": made.key(self.identity), **asdict(made), **result, "versions": installed})
                     bar.update()

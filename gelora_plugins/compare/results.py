@@ -1,4 +1,4 @@
-"""What the recorded runs of a comparison come to: results, what has none and why, contrasts. Needs no torch."""
+"""What the recorded runs of a comparison come to: results, what has none and why. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,51 @@ from pathlib import Path
 from typing import Any
 
 from gelora_plugins import json_files
-from gelora_plugins.compare.allocations import GRID, Recipe
-from gelora_plugins.compare.record import choosing_runs, diverged, read_lines, worth_of_rates
-from gelora_plugins.compare.stats import NOT_TOLD, Difference, holm, mean_interval, paired_difference, verdict
+from gelora_plugins.compare.allocations import GRID
+from gelora_plugins.compare.record import diverged, made_of, read_lines
+from gelora_plugins.compare.stats import Difference, mean_interval, paired_difference
 from gelora_plugins.errors import PlanError
 
-CONTROLS = ("uniform", "permuted", "reversed", "eva", "adalora")
+
+@dataclass(frozen=True)
+class Tried:
+    """What the search for a rate found at one rate.
+
+    Attributes:
+        loss: mean held-out loss of its seeds, fewer of them far from the best rate.
+        seeds, diverged: how many ran, and how many of them diverged.
+    """
+
+    rate: float
+    loss: float | None
+    seeds: int
+    diverged: int
+
+
+@dataclass(frozen=True)
+class Around:
+    """The seeds that judge, at another rate than that of the result.
+
+    Attributes:
+        scores: as of `Result`; None of one that diverged.
+        as_good: whether this rate could as well have been chosen, see `rates.py`.
+    """
+
+    rate: float
+    scores: tuple[float | None, ...]
+    as_good: bool
+
+    @property
+    def diverged(self) -> str:
+        """How many of its seeds, "2 of 5"; empty where none has."""
+        count = self.scores.count(None)
+        return f"{count} of {len(self.scores)}" if count else ""
+
+    def difference(self, result: Result) -> Difference | None:
+        """Its scores less those of `result`, positive where they are better; None where seeds diverged."""
+        sign = 1.0 if result.higher_is_better else -1.0
+        here = [sign * score for score in self.scores if score is not None]
+        return None if self.diverged else paired_difference(here, [sign * score for score in result.scores])
 
 
 @dataclass(frozen=True)
@@ -26,7 +65,12 @@ class Result:
         parameters: LoRA parameters counted on the trained model (mean over the seeds); all of them for "full".
         scores: one per seed; accuracy, mcc, f1 and spearman in hundredths, loss as it is.
         mean, half_width: of the scores, with half of the 95 % interval; None for one seed.
-        rate: the learning rate that was chosen.
+        rate: the learning rate that was chosen, or a lower one where seeds diverged there.
+        diverged: "2 of 5 seeds diverged at 0.01" in that case, else empty.
+        search: what was tried to choose the rate; empty where it was not chosen, or by the score of few seeds.
+        why: of the choice, see `rates.Choice`.
+        stable, cliff: the largest rate of the search at which every seed learned, and the next, where one diverged.
+        around: the rates beside it at which the seeds ran too.
         seconds: of one training (mean), with what was measured before it: GeLoRA's probe, EVA's components.
         peak_memory: bytes, the highest of the seeds; None where unknown.
         ranks: one tuple per distinct recipe, one rank per block, of EVA the mean over the block's target modules;
@@ -51,6 +95,18 @@ class Result:
     ranks: tuple[tuple[float, ...], ...]
     share_of_best: float | None = None
     share_of_parameters: float | None = None
+    head_rate: float | None = None
+    diverged: str = ""
+    search: tuple[Tried, ...] = ()
+    why: str = ""
+    stable: float | None = None
+    cliff: float | None = None
+    around: tuple[Around, ...] = ()
+
+    @property
+    def choosing_runs(self) -> int:
+        """How many trainings chose its rate."""
+        return sum(tried.seeds for tried in self.search)
 
 
 @dataclass(frozen=True)
@@ -63,45 +119,6 @@ class Gap:
 
     def __str__(self) -> str:
         return f"{self.task}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two methods of one row on one task: `ours` against `theirs`, paired by seed.
-
-    Attributes:
-        difference: positive when `ours` is better, whatever the metric.
-        corrected_p: by Holm for the number of tasks that have this contrast.
-        verdict: "better", "worse", "not told apart", or "equal within x", where x is within the margin.
-    """
-
-    task: str
-    row: str
-    ours: str
-    theirs: str
-    difference: Difference
-    corrected_p: float
-    verdict: str
-
-    def __str__(self) -> str:
-        d = self.difference
-        if d.interval is None or d.smallest is None:
-            return f"{self.task}, {self.row}: {self.ours} against {self.theirs}: {self.verdict}."
-        said = f"{self.task}, {self.row}: {self.ours} is {_as_words(self.verdict, self.theirs)}"
-        if d.interval == (0.0, 0.0):
-            return f"{said}: the scores are the same."
-        return (
-            f"{said} (difference {d.mean:+.3g}, 95 % {d.interval[0]:+.3g} to {d.interval[1]:+.3g}, corrected p "
-            f"{self.corrected_p:.2g}; the smallest difference that {d.seeds} seeds could have shown: {d.smallest:.2g})."
-        )
-
-
-def _as_words(verdict: str, theirs: str) -> str:
-    if verdict.startswith("equal"):
-        return verdict.replace("equal", f"equal to {theirs}")
-    if verdict == NOT_TOLD:
-        return f"{verdict} from {theirs}"
-    return f"{verdict} than {theirs}"
 
 
 def read_task(path: Path) -> tuple[Mapping[str, Any], list[Result], list[Gap]]:
@@ -126,22 +143,37 @@ def _outcomes(experiment: Mapping[str, Any], lines: Mapping[str, Mapping[str, An
     for row in experiment["rows"]:
         for method in row["methods"]:
             made = [lines[key] for key in method["keys"] if key in lines]
-            if made and len(made) == len(method["keys"]) and not any(map(diverged, made)):
-                yield _result(experiment, row["name"], method, made)
+            missing = sum(key not in lines for key in _keys(method))
+            if made and not missing and not any(map(diverged, made)):
+                yield _result(experiment, row["name"], method, made, lines)
             else:
-                yield _gap(experiment, row["name"], method, made)
+                yield _gap(experiment, row["name"], method, made, missing)
 
 
-def _gap(experiment: Mapping[str, Any], row: str, method: Mapping[str, Any], made: Sequence[Mapping[str, Any]]) -> Gap:
+def _keys(method: Mapping[str, Any]) -> list[str]:
+    """Of all runs that judge it: a difference is not known before its neighbours are, see `contrasts.py`."""
+    return [*method["keys"], *(key for other in method.get("others", ()) for key in other["keys"])]
+
+
+def _gap(
+    experiment: Mapping[str, Any],
+    row: str,
+    method: Mapping[str, Any],
+    made: Sequence[Mapping[str, Any]],
+    missing: int,
+) -> Gap:
     """A mean over the seeds that are left would not be comparable, so what they scored is only said."""
-    total, scores = len(method["keys"]), [run["score"] for run in made if not diverged(run)]
-    unfinished = len(made) < total or not total
+    total, scores = len(_keys(method)), [run["score"] for run in made if not diverged(run)]
+    unfinished = missing > 0 or not total
+    search = method.get("search")
+    if search and search["chosen"] is None and not method.get("failure"):
+        return Gap(experiment["task"]["name"], f"{row}, {method['name']}: {search['why']}.", unfinished=False)
     if method.get("failure"):
         reason = f"{method['failure']} Run the same command again to try it once more."
     elif unfinished:
-        reason = f"{total - len(made)} of {total} runs are not done. Run the same command again; it goes on there."
+        reason = f"{missing} of {total} runs are not done. Run the same command again; it goes on there."
     else:
-        reason = f"{total - len(scores)} of {total} seeds diverged at its best rate, {method['rate']:g}. "
+        reason = f"{len(made) - len(scores)} of {len(made)} seeds diverged at its best rate, {method['rate']:g}. "
         reason += "Give lower rates."
     if scores:
         reason += f" The other scores: {', '.join(f'{_unit(experiment) * score:.4g}' for score in scores)}."
@@ -149,14 +181,20 @@ def _gap(experiment: Mapping[str, Any], row: str, method: Mapping[str, Any], mad
 
 
 def _result(
-    experiment: Mapping[str, Any], row: str, method: Mapping[str, Any], made: Sequence[Mapping[str, Any]]
+    experiment: Mapping[str, Any],
+    row: str,
+    method: Mapping[str, Any],
+    made: Sequence[Mapping[str, Any]],
+    lines: Mapping[str, Mapping[str, Any]],
 ) -> Result:
-    task, rates = experiment["task"], experiment["settings"]["rates"]
+    task, rates, search = experiment["task"], experiment["settings"]["rates"], method.get("search")
     scores = tuple(_unit(experiment) * run["score"] for run in made)
     mean, half_width = mean_interval(scores)
     memory = [run["peak_memory"] for run in made]
     prepared = f"{row}/eva" if method["name"] == "eva" else row
     measured = method["name"] in ("eva", "permuted", "reversed", row)
+    around = _around(experiment, method, lines)
+    fallen = next((a for a in around if search and a.rate == search["chosen"]), None)
     return Result(
         task=task["name"],
         row=row,
@@ -167,12 +205,38 @@ def _result(
         mean=mean,
         half_width=half_width,
         rate=method["rate"],
-        rate_at_edge=len(rates) > 1 and method["rate"] in (min(rates), max(rates)),
+        rate_at_edge=search["at_edge"] if search else len(rates) > 1 and method["rate"] in (min(rates), max(rates)),
         seconds=statistics.fmean(run["seconds"] for run in made)
         + (experiment["seconds"].get(prepared, 0.0) if measured else 0.0),
         peak_memory=None if None in memory else max(memory),
         ranks=_ranks(experiment, row, method),
+        head_rate=made[0].get("head_rate"),
+        diverged="" if fallen is None else f"{fallen.diverged} seeds diverged at {fallen.rate:g}",
+        search=tuple(_tried(run["rate"], [lines[key] for key in run["keys"]]) for run in search["runs"])
+        if search
+        else (),
+        why=search["why"] if search else "",
+        stable=search["stable"] if search else None,
+        cliff=search["cliff"] if search else None,
+        around=around,
     )
+
+
+def _around(
+    experiment: Mapping[str, Any], method: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]
+) -> tuple[Around, ...]:
+    found = []
+    for other in method.get("others", ()):
+        made = [lines[key] for key in other["keys"]]
+        scores = tuple(None if diverged(run) else _unit(experiment) * run["score"] for run in made)
+        found.append(Around(other["rate"], scores, other["rate"] in method["search"]["as_good"]))
+    return tuple(sorted(found, key=lambda around: around.rate))
+
+
+def _tried(rate: float, made: Sequence[Mapping[str, Any]]) -> Tried:
+    losses = [run["loss"] for run in made]
+    known = None if None in losses else statistics.fmean(losses)
+    return Tried(rate, known, len(made), sum(map(diverged, made)))
 
 
 def _unit(experiment: Mapping[str, Any]) -> float:
@@ -202,42 +266,34 @@ def _with_shares(
 
 def _chosen_of_grid(experiment: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The row of the uniform rank that is best, at its best rate, on the training rows that are held out."""
-    settings, worths = experiment["settings"], {}
+    worths = {}
     for row in experiment["rows"]:
         if row["name"].startswith(GRID):
-            recipe = Recipe.from_dict(row["methods"][0]["recipes"][0])
-            runs = choosing_runs(row["name"], "uniform", recipe, settings["rates"], settings["rate_seeds"])
-            higher_is_better = experiment["task"]["metric"] != "loss"
-            rates = worth_of_rates(runs, experiment["identity"], lines, higher_is_better)
-            if not rates:
+            worth = _held_out(row["methods"][0], experiment, lines)
+            if worth is None:
                 return None
-            worths[row["name"]] = max(rates.values())
+            worths[row["name"]] = worth
     return max(worths, key=lambda name: worths[name]) if worths else None
+
+
+def _held_out(
+    method: Mapping[str, Any], experiment: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]
+) -> float | None:
+    """What the runs at its rate came to that chose it, as higher is better: the loss; in older records the score."""
+    if "search" in method:
+        runs = [run["keys"] for run in method["search"]["runs"] if run["rate"] == method["rate"]]
+        losses = [lines[key]["loss"] for keys in runs for key in keys]
+        return -statistics.fmean(losses) if losses and None not in losses else None
+    recipe, sign = method["recipes"][0], -1.0 if experiment["task"]["metric"] == "loss" else 1.0
+    scores = [
+        sign * line["score"]
+        for key, line in lines.items()
+        if line["choosing"] and (line["recipe"], line["rate"]) == (recipe, method["rate"])
+        if not diverged(line) and made_of(line).key(experiment["identity"]) == key
+    ]
+    return statistics.fmean(scores) if scores else None
 
 
 def _share(result: Result, best: Result) -> float | None:
     ours, theirs = (result.mean, best.mean) if result.higher_is_better else (best.mean, result.mean)
     return ours / theirs if min(ours, theirs) > 0 else None
-
-
-def contrasts_of(results: Sequence[Result], margins: Mapping[str, float]) -> Iterator[Contrast]:
-    """The plan against each control, and each control against uniform; the p values corrected over the tasks."""
-    found: dict[tuple[str, str, str], list[tuple[str, Difference]]] = {}
-    at = {(result.task, result.row, result.method): result for result in results}
-    for task, row in dict.fromkeys((result.task, result.row) for result in results):
-        pairs = [(row, control) for control in CONTROLS]
-        pairs += [(control, "uniform") for control in CONTROLS if control != "uniform"]
-        for ours, theirs in pairs:
-            if (task, row, ours) in at and (task, row, theirs) in at:
-                found.setdefault((row, ours, theirs), []).append(
-                    (task, _difference(at[task, row, ours], at[task, row, theirs]))
-                )
-    for (row, ours, theirs), by_task in found.items():
-        corrected = holm([difference.p for _, difference in by_task])
-        for (task, difference), p in zip(by_task, corrected, strict=True):
-            yield Contrast(task, row, ours, theirs, difference, p, verdict(difference, p, margins[task]))
-
-
-def _difference(ours: Result, theirs: Result) -> Difference:
-    sign = 1.0 if ours.higher_is_better else -1.0
-    return paired_difference([sign * score for score in ours.scores], [sign * score for score in theirs.scores])

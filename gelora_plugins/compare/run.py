@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,20 @@ import torch
 from tqdm.auto import tqdm
 
 from gelora_plugins import json_files
-from gelora_plugins.compare.allocations import Method, Recipe, Row, grid_rows, plan_row
+from gelora_plugins.compare.allocations import Method, Recipe, Row, grid_rows, lora, plan_row
 from gelora_plugins.compare.bench import Bench, Settings
-from gelora_plugins.compare.record import Record, Run, choosing_runs, digest, locked, worth_of_rates
+from gelora_plugins.compare.record import Record, Run, digest, locked, made_of
 from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task, check_name
 from gelora_plugins.compare.train import attempt, measure_eva
-from gelora_plugins.compare.workers import side_by_side
+from gelora_plugins.compare.tuning import Search, Trial, head_search, judge, search_all, search_to_dict
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.pipeline import measure
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.planning import make_plan
+from gelora_plugins.side_by_side import side_by_side
 
 logger = logging.getLogger(__name__)
 BYTES_PER_TRAINED = 16  # float32 weight, gradient, and AdamW's two moments
@@ -74,7 +75,7 @@ def compare(
         if plans is None:
             plans = default_plans(bench, config or GeLoRAConfig(), progress=progress)
         rows, facts = design(bench, plans, frozenset(keep_alpha))
-        _train(bench, rows, facts, _Workers(bench, jobs), progress)
+        _train(bench, rows, facts, Trainers(bench, jobs), progress)
     return Comparison.read(output)
 
 
@@ -98,52 +99,59 @@ def _short(model: str) -> str:
     return "/".join(Path(model).parts[-2:])
 
 
-def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers: _Workers, progress: bool) -> None:
+def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers: Trainers, progress: bool) -> None:
     """Make the runs that choose the rates, then those for the result; write down what is compared."""
     task, settings = bench.task, bench.settings
     record = Record(bench.folder / "runs.jsonl", bench.identity)
-    choosing, plain = _runs(rows, settings)
-    first = choosing or [replace(made, rate=settings.rates[0]) for made in plain]
-    if record.lines and not record.lines.keys() & {made.key(bench.identity) for made in first}:
+    if record.lines and not any(made_of(line).key(bench.identity) == key for key, line in record.lines.items()):
         logger.warning(
             "The %d runs that are recorded in %s were made with other settings, versions or another device: none of "
             "them is taken.",
             len(record.lines),
             record.path,
         )
-    total = len({made.key(bench.identity) for made in choosing + plain})
-    with tqdm(total=total, desc=task.name, unit="run", disable=not progress) as bar:
-        record.make(choosing, workers, bar)
-        rates = {
-            (row.name, method.name): _best_rate(record, choosing, method, task, settings)
-            for row in rows
-            for method in row.methods
-        }
-        at = [(made, rates[made.row, made.method]) for made in plain]
-        finals = [replace(made, rate=rate) for made, rate in at if rate is not None]
-        path = bench.folder / "experiment.json"
-        json_files.write_json(path, _experiment(bench, rows, facts, finals, rates, record.failures))
-        record.make(finals, workers, bar)
-        if record.failures:
-            json_files.write_json(path, _experiment(bench, rows, facts, finals, rates, record.failures))
+    path = bench.folder / "experiment.json"
+    with tqdm(total=0, desc=task.name, unit="run", disable=not progress) as bar:
+        head_rate, head = _head(bench, record, workers, bar)
+        facts = {**facts, "head": head}
+        trials = _trials(rows, settings, head_rate, record, workers, bar)
+        json_files.write_json(path, _experiment(bench, rows, facts, trials, record))
+        judge(trials, settings.seeds, record, workers, bar)
+        json_files.write_json(path, _experiment(bench, rows, facts, trials, record))
 
 
-def _runs(rows: Sequence[Row], settings: Settings) -> tuple[list[Run], list[Run]]:
-    """The runs that choose the rates, and those for the result, whose rates are still 0. Seed by seed, so that a
-    comparison that is stopped has as many seeds of one method as of another.
-    """
-    pairs = [(row, method) for row in rows for method in row.methods]
-    choosing = [
-        made
-        for row, method in pairs
-        for made in choosing_runs(row.name, method.name, method.recipes[0], settings.rates, settings.rate_seeds)
+def _head(bench: Bench, record: Record, workers: Trainers, bar: Any) -> tuple[float | None, dict[str, Any] | None]:
+    """(the rate of what is trained beside the adapter, how it was chosen); None where it is the adapter's."""
+    settings = bench.settings
+    if settings.head_rate is not None:
+        return settings.head_rate or None, None
+    if bench.task.kind == "causal-lm" or len(settings.rates) == 1:
+        return None, None
+    recipe = lora([settings.rank] * len(bench.sites), bench.sites)
+    search = head_search(settings, recipe, record, workers, bar)
+    choice = None if search is None else search.choice(record)
+    if search is None or choice is None:
+        return None, None
+    return choice.rate, {"beside": search.made.rate, **search_to_dict(search, choice, record)}
+
+
+def _trials(
+    rows: Sequence[Row], settings: Settings, head_rate: float | None, record: Record, workers: Trainers, bar: Any
+) -> list[Trial]:
+    """Every method of every row with its rate."""
+    pairs = [(row.name, method) for row in rows for method in row.methods]
+    if len(settings.rates) == 1:
+        return [Trial(row, method, head_rate, None, None, settings.rates[0]) for row, method in pairs]
+    first = [
+        Run(row, method.name, method.recipes[0], 0, 0.0, choosing=True, head_rate=head_rate) for row, method in pairs
     ]
-    finals = [
-        Run(row.name, method.name, method.recipe(seed), seed, 0.0, choosing=False)
-        for seed in range(settings.seeds)
-        for row, method in pairs
-    ]
-    return choosing, finals
+    searches = [Search(made, settings.rates, settings.rate_seeds) for made in first]
+    search_all(searches, record, workers, bar)
+    trials = []
+    for (row, method), search in zip(pairs, searches, strict=True):
+        choice = search.choice(record)
+        trials.append(Trial(row, method, head_rate, search, choice, None if choice is None else choice.rate))
+    return trials
 
 
 def default_plans(bench: Bench, config: GeLoRAConfig, *, progress: bool = True) -> dict[str, RankPlan]:
@@ -221,20 +229,11 @@ def design(
 
 
 def _experiment(
-    bench: Bench,
-    rows: Sequence[Row],
-    facts: Mapping[str, Any],
-    finals: Sequence[Run],
-    rates: Mapping[tuple[str, str], float | None],
-    failures: Mapping[Recipe, str],
+    bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], trials: Sequence[Trial], record: Record
 ) -> dict[str, Any]:
-    """What `Comparison.read` needs beside the runs: for each method its recipes, its rate, the keys of its runs, and
-    what failed.
-    """
-    task = bench.task
-    keys: dict[tuple[str, str], list[str]] = {}
-    for made in finals:
-        keys.setdefault((made.row, made.method), []).append(made.key(bench.identity))
+    """What `Comparison.read` needs beside the runs."""
+    task, seeds = bench.task, bench.settings.seeds
+    methods = {row.name: [trial.to_dict(record, seeds) for trial in trials if trial.row == row.name] for row in rows}
     return {
         "schema": json_files.SCHEMA,
         "kind": "comparison",
@@ -250,38 +249,11 @@ def _experiment(
         "settings": asdict(bench.settings),
         "identity": bench.identity,
         **facts,
-        "rows": [
-            {
-                "name": row.name,
-                "methods": [
-                    {
-                        "name": method.name,
-                        "recipes": [recipe.to_dict() for recipe in method.recipes],
-                        "rate": rates[row.name, method.name],
-                        "keys": keys.get((row.name, method.name), []),
-                        "failure": next((failures[recipe] for recipe in method.recipes if recipe in failures), None),
-                    }
-                    for method in row.methods
-                ],
-            }
-            for row in rows
-        ],
+        "rows": [{"name": name, "methods": found} for name, found in methods.items()],
     }
 
 
-def _best_rate(record: Record, choosing: Sequence[Run], method: Method, task: Task, settings: Settings) -> float | None:
-    """The rate with the best mean score on the held-out fifth of the training rows; of equals the smallest.
-
-    None where a run that was to choose it failed.
-    """
-    if len(settings.rates) == 1:
-        return settings.rates[0]
-    runs = {made.key(record.identity): made for made in choosing if made.recipe == method.recipes[0]}.values()
-    worths = worth_of_rates(runs, record.identity, record.lines, task.higher_is_better)
-    return max(sorted(worths), key=lambda rate: worths[rate], default=None)
-
-
-class _Workers:
+class Trainers:
     """Trains here, or in `jobs` processes, each with its share of the cores."""
 
     def __init__(self, bench: Bench, jobs: int) -> None:

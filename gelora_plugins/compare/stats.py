@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -12,6 +12,7 @@ from scipy import stats
 LEVEL = 0.95
 POWER = 0.8
 NOT_TOLD = "not told apart"
+NO_VERDICT = "no verdict: "
 MIN_SEEDS = 3  # two differences have no spread worth the name
 
 
@@ -64,6 +65,19 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
     )
 
 
+def worst(differences: Sequence[Difference]) -> Difference:
+    """The first, no surer than all of them: with the interval that holds all of theirs, and the largest p.
+
+    Where one is above 0 and another below, p is 1.
+    """
+    first, intervals = differences[0], [d.interval for d in differences if d.interval is not None]
+    if not intervals:
+        return first
+    low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
+    same_side = len({d.mean > 0 for d in differences}) == 1
+    return replace(first, interval=(low, high), p=max(d.p for d in differences) if same_side else 1.0)
+
+
 def smallest_difference(differences: Sequence[float]) -> float:
     """The true mean difference that a t test of so many pairs with this spread finds with 80 % power at 5 %."""
     n = len(differences)
@@ -88,7 +102,7 @@ def verdict(difference: Difference, corrected_p: float, margin: float = 0.0) -> 
     enough seeds show any difference. A difference that no p shows is not equality; it may be as large as its interval.
     """
     if difference.interval is None:
-        return f"no verdict: {difference.seeds} seeds, at least {MIN_SEEDS} are needed"
+        return f"{NO_VERDICT}{difference.seeds} seeds, at least {MIN_SEEDS} are needed"
     bound = max(abs(end) for end in difference.interval)
     if bound <= margin:
         return f"equal within {bound:.3g}"

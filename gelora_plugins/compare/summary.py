@@ -11,7 +11,8 @@ from typing import Any
 
 from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import GRID
-from gelora_plugins.compare.results import Contrast, Gap, Result, contrasts_of, read_task
+from gelora_plugins.compare.contrasts import Contrast, contrasts_of
+from gelora_plugins.compare.results import Around, Gap, Result, read_task
 from gelora_plugins.compare.stats import NOT_TOLD
 from gelora_plugins.errors import PlanError
 from gelora_plugins.text import markdown
@@ -37,6 +38,11 @@ _COLUMNS = (
     "seconds",
     "peak MB",
 )
+_SEARCH = (
+    "Each method's rate was chosen by the same search, by the loss on held-out training rows. Beside it: the scores of "
+    "the seeds that judge at its neighbours, less those at the rate itself (positive is better).\n"
+)
+_RATES = ("method", "rate", "the next lower", "the next higher", "learns up to", "seeds diverge at", "runs that chose")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,14 @@ class Comparison:
         """What is missing, verdicts and notes, one sentence each; before those of several tasks what they come to."""
         lines = [*map(str, self.gaps), *self._counts(), *map(str, self.contrasts)]
         for experiment in self.experiments:
-            lines += [f"{experiment['task']['name']}: {note}" for note in experiment["notes"]]
+            notes = [*_head(experiment), *experiment["notes"]]
+            lines += [f"{experiment['task']['name']}: {note}" for note in notes]
+        for result in self.results:
+            name = f"{result.task}, {result.row}, {result.method}"
+            if result.diverged:
+                lines.append(f"{name}: {result.diverged}; its result is at {result.rate:g}, the next lower without.")
+            elif result.why:
+                lines.append(f"{name}: its rate is {result.rate:g}: {result.why}.")
         edge = [f"{r.task}, {r.row}, {r.method} ({r.rate:g})" for r in self.results if r.rate_at_edge]
         if edge:
             lines.append(f"The best learning rate was the lowest or highest of the grid for: {'; '.join(edge)}.")
@@ -126,12 +139,15 @@ class Comparison:
         parts = ["# Comparison at equal LoRA parameters\n"]
         for experiment in self.experiments:
             task, settings, rows = experiment["task"], experiment["settings"], _train_rows(experiment)
+            tables = self.rates_table(task["name"])
+            rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
             parts.append(
                 f"## {markdown(task['name'])}: {task['metric']}\n\n{markdown(experiment['model'])}, {rows} training "
-                f"rows, {task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, rates "
-                f"{', '.join(f'{rate:g}' for rate in settings['rates'])}.\n"
+                f"rows, {task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, "
+                f"{'rates searched for from' if tables else 'rates'} {rates}.\n"
             )
             parts.append(self.table(task["name"]))
+            parts += tables
         return "\n".join([*parts, *(f"- {markdown(line)}" for line in self.lines())]) + "\n"
 
     def table(self, task: str) -> str:
@@ -156,19 +172,69 @@ class Comparison:
             )
         return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
 
+    def rates_table(self, task: str) -> list[str]:
+        """What the searches for the rates of a task came to, as Markdown; nothing where none was made."""
+        results = [result for result in self.results if result.task == task and result.search]
+        rows = [_RATES, tuple("---" for _ in _RATES)]
+        for result in results:
+            above = result.rate if not result.diverged else result.search[-1].rate
+            sides = (
+                [a for a in result.around if a.rate < result.rate][-1:],
+                [a for a in result.around if a.rate > above][:1],
+            )
+            rows.append(
+                (
+                    markdown(f"{result.row}: {result.method}"),
+                    f"{result.rate:g}",
+                    *(_beside(side[0], result) if side else "" for side in sides),
+                    "" if result.stable is None else f"{result.stable:g}",
+                    "" if result.cliff is None else f"{result.cliff:g}",
+                    str(result.choosing_runs),
+                )
+            )
+        table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+        return [_SEARCH, table] if results else []
+
     def write(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write comparison.json, comparison.md and, where matplotlib is installed, pareto.png and patterns.png."""
+        """Write comparison.json, comparison.md and, where matplotlib is installed, the pictures."""
         directory = Path(folder)
         paths = [directory / "comparison.json", directory / "comparison.md"]
         json_files.write_json(paths[0], self.to_dict())
         json_files.write_text(paths[1], self.to_markdown())
         if importlib.util.find_spec("matplotlib") is not None:
-            from gelora_plugins.compare.pictures import draw_pareto, draw_patterns
+            from gelora_plugins.compare.pictures import draw_pareto, draw_patterns, draw_rates
 
             paths += [directory / "pareto.png", directory / "patterns.png"]
             draw_pareto(self, paths[2])
             draw_patterns(self, paths[3])
+            if any(result.search for result in self.results):
+                paths.append(directory / "rates.png")
+                draw_rates(self, paths[4])
         return paths
+
+
+def _head(experiment: Mapping[str, Any]) -> Iterator[str]:
+    """How the rate of what is trained beside the adapter was chosen."""
+    head = experiment.get("head")
+    if head is not None:
+        runs, chosen = sum(len(run["keys"]) for run in head["runs"]), head["chosen"]
+        beside = f"beside uniform rank {experiment['settings']['rank']} at {head['beside']:g}, by {runs} runs"
+        yield (
+            f"The head's rate is {chosen:g} for all methods: chosen {beside}."
+            if chosen
+            else (f"The head has the adapter's rate: {head['why']}, {beside}.")
+        )
+    elif experiment["settings"].get("head_rate"):
+        yield f"The head's rate is {experiment['settings']['head_rate']:g} for all methods."
+
+
+def _beside(around: Around, result: Result) -> str:
+    """ "0.003: -1.2 ± 0.5", or how many seeds diverged there."""
+    difference = around.difference(result)
+    if difference is None:
+        return f"{around.rate:g}: {around.diverged} diverged"
+    half = "" if difference.interval is None else f" ± {(difference.interval[1] - difference.interval[0]) / 2:.2g}"
+    return f"{around.rate:g}: {difference.mean:+.2g}{half}"
 
 
 def _train_rows(experiment: Mapping[str, Any]) -> str:

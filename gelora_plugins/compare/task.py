@@ -1,4 +1,4 @@
-"""The tasks of a comparison: rows with labels, tokenised and padded, and the score of what a model answers."""
+"""The tasks of a comparison: rows with labels, tokenised and padded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,9 +177,14 @@ def _check(row: Row, kind: str) -> None:
             raise ProbeError(f"label is {label!r:.80}; expected a finite number, or a list of them, for {kind}.")
 
 
-def split_fifth(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """(four fifths, one fifth) of `rows`, drawn with seed 0, each in the order of `rows`."""
-    chosen = set(random.Random(0).sample(range(len(rows)), len(rows) // 5))
+def split_fifth(rows: Sequence[Any], which: int = 0) -> tuple[list[Any], list[Any]]:
+    """(four fifths, one fifth) of `rows`, each in their order. The fifths 0 to 4 hold every row once."""
+    rng = random.Random(0)
+    chosen = set(rng.sample(range(len(rows)), len(rows) // 5))
+    if which:
+        rest = [i for i in range(len(rows)) if i not in chosen]
+        rng.shuffle(rest)
+        chosen = set(rest[which - 1 :: 4])
     kept = [row for i, row in enumerate(rows) if i not in chosen]
     return kept, [row for i, row in enumerate(rows) if i in chosen]
 
@@ -276,71 +280,3 @@ class Collator:
 
 def _padded(rows: Sequence[Row], name: str, length: int, value: int) -> Tensor:
     return torch.tensor([[*row[name], *[value] * (length - len(row[name]))] for row in rows])
-
-
-def evaluate(
-    model: Any, rows: Sequence[Row], collator: Collator, metric: str, batch_size: int, *, bf16: bool = False
-) -> tuple[float, float]:
-    """(score, loss) of `model` on encoded rows. The loss is the mean per token that counts, or per row.
-
-    It is computed from the logits: the loss that PEFT 0.21 returns for AdaLoRA has its regulariser in it.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    total, count = 0.0, 0
-    answers: list[Tensor] = []
-    labels: list[Tensor] = []
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for start in range(0, len(ordered), batch_size):
-            batch = {name: x.to(device) for name, x in collator(ordered[start : start + batch_size]).items()}
-            target = batch.pop("labels")
-            logits = model(**batch).logits.float()
-            loss, counted = _summed_loss(collator.kind, logits, target)
-            total, count = total + loss, count + counted
-            if metric != "loss":
-                answers.append((logits.argmax(-1) if collator.kind == "classification" else logits.squeeze(-1)).cpu())
-                labels.append(target.cpu())
-    loss = total / max(count, 1)
-    if metric == "loss":
-        return loss, loss
-    return SCORES[metric](torch.cat(answers).numpy(), torch.cat(labels).numpy()), loss
-
-
-def _summed_loss(kind: str, logits: Tensor, target: Tensor) -> tuple[float, int]:
-    functional = torch.nn.functional
-    if kind == "causal-lm":
-        following = target[:, 1:]
-        loss = functional.cross_entropy(logits[:, :-1].transpose(1, 2), following, reduction="sum")
-        return loss.item(), int((following != IGNORED_LABEL).sum())
-    if kind == "classification":
-        return functional.cross_entropy(logits, target, reduction="sum").item(), len(target)
-    return functional.mse_loss(logits.reshape(target.shape), target, reduction="sum").item(), target.numel()
-
-
-def _accuracy(answers: Any, labels: Any) -> float:
-    return float((answers == labels).mean())
-
-
-def _matthews(answers: Any, labels: Any) -> float:
-    """For two labels it is the correlation of the two columns; 0 where one of them is constant, as is usual."""
-    return 0.0 if np.ptp(answers) == 0 or np.ptp(labels) == 0 else float(np.corrcoef(answers, labels)[0, 1])
-
-
-def _f1(answers: Any, labels: Any) -> float:
-    both, either = int((answers & labels).sum()), int(answers.sum() + labels.sum())
-    return 2 * both / either if either else 0.0
-
-
-def _spearman(answers: Any, labels: Any) -> float:
-    from scipy.stats import spearmanr
-
-    return 0.0 if np.ptp(answers) == 0 or np.ptp(labels) == 0 else float(spearmanr(answers, labels).statistic)
-
-
-SCORES: dict[str, Callable[[Any, Any], float]] = {
-    "accuracy": _accuracy,
-    "mcc": _matthews,
-    "f1": _f1,
-    "spearman": _spearman,
-}

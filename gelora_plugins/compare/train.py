@@ -21,9 +21,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from gelora_plugins.compare.allocations import TOLERANCE, Recipe
 from gelora_plugins.compare.bench import Bench, quiet
 from gelora_plugins.compare.record import Run
-from gelora_plugins.compare.task import evaluate, split_fifth
+from gelora_plugins.compare.scoring import constant_loss, evaluate
+from gelora_plugins.compare.task import split_fifth
 from gelora_plugins.errors import PlanError
 
+HEADS = ("classifier", "score")  # what PEFT 0.21 trains beside the adapter of a SEQ_CLS model
 RHO = 2.0  # EVA may give a module up to this many times its even share; the best value of its paper
 EVA_ROUNDS = 5
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def attempt(bench: Bench, made: Run, threads: int | None = None) -> dict[str, An
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return run(bench, made.recipe, made.seed, made.rate, choosing=made.choosing)
+        return run(bench, made)
     except Exception as error:
         lines = str(error).strip().splitlines() or ["it says no more"]
         reason = f"{type(error).__name__}: {lines[0].rstrip('.')}."
@@ -48,72 +50,106 @@ def attempt(bench: Bench, made: Run, threads: int | None = None) -> dict[str, An
     return reason
 
 
-def run(bench: Bench, recipe: Recipe, seed: int, rate: float, *, choosing: bool) -> dict[str, Any]:
-    """Train `recipe` once and score it.
+def run(bench: Bench, made: Run) -> dict[str, Any]:
+    """Train a recipe once and score it on the test rows, or on those that are held out where it is to choose a rate.
 
-    Args:
-        seed: of the head, the adapter, the rows drawn, their order and dropout.
-        rate: the learning rate at its highest.
-        choosing: train on four fifths of the training rows and score on the fifth; else train on all of them and
-            score on the test rows.
+    Its seed is that of the head, the adapter, the rows drawn and held out, their order and dropout. A run that chooses
+    makes as many steps as one for the result: the best rate depends on their number.
 
     Returns:
-        score and loss (None where training diverged), seconds (of the training alone), peak_memory (bytes: of the
-        accelerator, else of the process; None where that cannot be known), lora_parameters and head_parameters
-        (counted on the trained model).
+        score and loss (None where they are no numbers), constant_loss (of the constant answer; of a causal-lm that of
+        the model before training), seconds (of the training alone), peak_memory (bytes: of the accelerator, else of the
+        process; None where that cannot be known), lora_parameters and head_parameters (counted on the trained model).
 
     Raises:
         PlanError: the trained model has not the LoRA parameters that were planned.
     """
-    drawn = bench.drawn(seed)
-    rows, scored = split_fifth(drawn) if choosing else (drawn, bench.test)
+    drawn, recipe = bench.drawn(made.seed), made.recipe
+    rows, scored = split_fifth(drawn, made.seed % 5) if made.choosing else (drawn, bench.test)
     _reset_peak_memory()
-    model, seconds = trained(bench, recipe, seed, rate, rows)
-    head = sum(p.numel() for name, p in model.named_parameters() if ".modules_to_save." in name)
+    steps = total_steps(bench, len(drawn))
+    model = adapted(bench, recipe, made.seed, steps)
+    constant = _constant(bench, model, rows, scored)
+    seconds = fit(bench, model, made, rows, steps)
     lora = _count(model, bench, recipe)
     if abs(lora - recipe.parameters) >= TOLERANCE * recipe.parameters:
         raise PlanError(f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned.")
-    score, loss = evaluate(
-        model, scored, bench.collator, bench.task.metric, 4 * bench.settings.batch_size, bf16=bench.settings.bf16
-    )
+    score, loss = _evaluate(bench, model, scored)
     return {
         "score": score if math.isfinite(score) and math.isfinite(loss) else None,  # argmax makes 0 of NaN: an answer
         "loss": loss if math.isfinite(loss) else None,
+        "constant_loss": constant if math.isfinite(constant) else None,
         "seconds": seconds,
         "peak_memory": _peak_memory(),
         "lora_parameters": lora,
-        "head_parameters": head,
+        "head_parameters": 0 if recipe.kind == "full" else sum(p.numel() for p in head_of(model)),
     }
 
 
-def trained(
-    bench: Bench, recipe: Recipe, seed: int, rate: float, rows: Sequence[Mapping[str, Any]]
-) -> tuple[Any, float]:
-    """(the model, seconds of its training) after training `recipe` on encoded rows."""
-    model = adapted(bench, recipe, seed, total_steps(bench, len(rows)))
+def _evaluate(bench: Bench, model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    settings = bench.settings
+    return evaluate(model, rows, bench.collator, bench.task.metric, 4 * settings.batch_size, bf16=settings.bf16)
+
+
+def _constant(
+    bench: Bench, untrained: Any, rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]
+) -> float:
+    """The loss on `scored` that a run must get below: of the constant answer, of a causal-lm of the model as it was."""
+    kind = bench.task.kind
+    return _evaluate(bench, untrained, scored)[1] if kind == "causal-lm" else constant_loss(kind, rows, scored)
+
+
+def fit(bench: Bench, model: Any, made: Run, rows: Sequence[Mapping[str, Any]], steps: int) -> float:
+    """Train `model` on encoded rows, see `run`; the seconds that it took."""
     with quiet(), tempfile.TemporaryDirectory() as scratch:
+        arguments = _arguments(bench, scratch, made.seed, made.rate, steps)
         trainer = Trainer(
             model=model,
-            args=_arguments(bench, scratch, seed, rate),
+            args=arguments,
             train_dataset=rows,
             data_collator=bench.collator,
-            callbacks=[_Allocate()] if recipe.kind == "adalora" else [],
+            callbacks=[_Allocate()] if made.recipe.kind == "adalora" else [],
+            optimizers=(_optimizer(model, arguments, made.head_rate), None),
         )
         trainer.remove_callback(PrinterCallback)  # the bar of the comparison says enough
         started = time.perf_counter()
         trainer.train()
-        return model, time.perf_counter() - started
+        return time.perf_counter() - started
+
+
+def _optimizer(model: Any, arguments: TrainingArguments, head_rate: float | None) -> Any:
+    """The Trainer's own optimizer with the head in a group of its own; None, so that it makes one itself, for one rate.
+
+    Weight decay is 0, so the Trainer's own groups do not differ.
+    """
+    head = head_of(model)
+    if head_rate is None or not head:
+        return None
+    ours = {id(p) for p in head}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    return kind([{"params": others}, {"params": head, "lr": head_rate}], **options)
+
+
+def head_of(model: Any) -> list[torch.nn.Parameter]:
+    """What is trained beside the adapter; of a model without an adapter, what would be."""
+    peft = any(".lora_" in name for name, _ in model.named_parameters())
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and (".modules_to_save." in name if peft else set(HEADS) & set(name.split(".")))
+    ]
 
 
 def total_steps(bench: Bench, num_rows: int) -> int:
-    """Optimizer steps of a run on `num_rows` rows."""
+    """Optimizer steps of a run for the result on `num_rows` rows."""
     return bench.settings.epochs * math.ceil(num_rows / bench.settings.batch_size)
 
 
-def _arguments(bench: Bench, scratch: str, seed: int, rate: float) -> TrainingArguments:
+def _arguments(bench: Bench, scratch: str, seed: int, rate: float, steps: int) -> TrainingArguments:
     return TrainingArguments(
         scratch,
-        num_train_epochs=bench.settings.epochs,
+        max_steps=steps,
         per_device_train_batch_size=bench.settings.batch_size,
         learning_rate=rate,
         warmup_steps=bench.settings.warmup,

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gelora_plugins.compare.stats import paired_difference
+from gelora_plugins.compare.stats import mean_interval, paired_difference
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GRID = "uniform r = "
 DRAWN = "compare-drawn"
+TUNED = "compare-tuned"
 FOLDERS = ("compare", DRAWN, "compare-confirm", "compare-readings", "compare-one-rate", "compare-sensitivity")
 TRIED_AGAIN = {  # PREREGISTRATION.md: from which seed on the confirmation is judged
     ("sst2", "budget"): 5,
@@ -156,6 +157,56 @@ def one_rate() -> str:
     )
     (rate,) = {result["rate"] for result in read("compare-one-rate")["results"]}
     return f"Middle token on {task}, all at the rate {rate:g}: {said}, {next(iter(at.values()))['seeds']} seeds."
+
+
+def tuned() -> str:
+    """The comparison whose rates were chosen by the search."""
+    found = read(TUNED)
+    lines = [
+        "| method | score | rate | the next lower | the next higher | seeds diverge at | runs that chose |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for r in found["results"]:
+        lower = [a for a in r["around"] if a["rate"] < r["rate"]][-1:]
+        higher = [a for a in r["around"] if a["rate"] > r["rate"]][:1]
+        beside = (f"{a[0]['rate']:g}: {_at(a[0])}" if a else "" for a in (lower, higher))
+        cliff, runs = "" if r["cliff"] is None else f"{r['cliff']:g}", sum(tried["seeds"] for tried in r["search"])
+        lines.append(f"| {_label(r)} | {_mean(r)} | {r['rate']:g} | {' | '.join(beside)} | {cliff} | {runs} |")
+    said = [line for line in found["lines"] if "The head's rate" in line or " against " in line or " is " in line]
+    return "\n".join([*lines, "", *(f"- {line}" for line in said)])
+
+
+def _at(around: Mapping[str, Any]) -> str:
+    gone = around["scores"].count(None)
+    return f"{gone} of {len(around['scores'])} diverged" if gone else f"{statistics.fmean(around['scores']):.4g}"
+
+
+def sweep() -> str:
+    """The chosen rate beside many."""
+    found = json.loads((RESULTS / "compare_sweep.json").read_text(encoding="utf-8"))
+    lines = ["| rate | score | loss |", "| --- | --- | --- |"]
+    for row in found["rows"]:
+        name = f"**{row['rate']:g}**" if row["rate"] == found["chosen"] else f"{row['rate']:g}"
+        if row["diverged"]:
+            lines.append(f"| {name} | {row['diverged']} of {found['seeds']} seeds diverged | |")
+        else:
+            mean, half = mean_interval(row["scores"])
+            lines.append(f"| {name} | {mean:.2f} ± {half:.2g} | {statistics.fmean(row['losses']):.3f} |")
+    return "\n".join(lines) + (
+        f"\n\nUniform rank 8, {found['seeds']} seeds, the head's rate {found['head_rate']:g}. The search chose "
+        f"{found['chosen']:g}: {found['score']:.2f}, where the best of the sweep has {found['best_score']:.2f}."
+    )
+
+
+def null() -> str:
+    """How often a method is told apart from itself."""
+    found = json.loads((RESULTS / "compare_null.json").read_text(encoding="utf-8"))
+    lines = ["| a method against | now: better, worse | before: better, worse |", "| --- | --- | --- |"]
+    for name in dict.fromkeys(row["against"] for row in found["rows"]):
+        at = {row["protocol"]: row for row in found["rows"] if row["against"] == name}
+        cells = (f"{at[of]['better']:.1%}, {at[of]['worse']:.1%}" for of in ("now", "before"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def choices() -> str:

@@ -17,10 +17,13 @@ from tests.readme.comparison import (
     drawn_scores,
     drawn_verdicts,
     exact_match,
+    null,
     one_rate,
     readings,
     scores,
     smallest,
+    sweep,
+    tuned,
     verdicts,
 )
 from tests.readme.start import command_line, first_screen, quickstart, quickstart_report
@@ -225,6 +228,9 @@ PARTS: dict[str, Callable[[], str]] = {
         readings,
         one_rate,
         choices,
+        tuned,
+        sweep,
+        null,
     )
 }
 PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)

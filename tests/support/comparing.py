@@ -1,6 +1,7 @@
 """Comparisons of a tiny model: its rows and settings, a plan without measuring, and trainings that are only said."""
 
 import gc
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ SETTINGS = Settings(
     epochs=1,
     batch_size=8,
     rates=(1e-3, 1e-2),
+    head_rate=0,
     grid=(4,),
 )
 Attempt = Callable[..., Any]
@@ -61,8 +63,8 @@ def compare_tiny(model: str, output: Path, settings: Settings = SETTINGS, task: 
 
 def result(made: Run, score: float | None, loss: float | None = 0.5) -> dict[str, Any]:
     """What a training of `made` gives."""
-    measured = {"seconds": 1.0, "peak_memory": None, "lora_parameters": made.recipe.parameters, "head_parameters": 34}
-    return {"score": score, "loss": loss, **measured}
+    rest = {"constant_loss": 2.0, "seconds": 1.0, "peak_memory": None, "head_parameters": 34}
+    return {"score": score, "loss": loss, "lora_parameters": made.recipe.parameters, **rest}
 
 
 def little_garbage() -> Iterator[None]:
@@ -73,6 +75,11 @@ def little_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-def said(score: Callable[[Run], float | None]) -> Attempt:
-    """In the place of `attempt`: no training, the score that is said."""
-    return lambda bench, made, threads=None: result(made, score(made))
+def valley(made: Run) -> float:
+    """A loss that is lowest at the rate 3e-3, and below that of the constant answer wherever it matters."""
+    return 0.5 + 0.02 * math.log(made.rate / 3e-3) ** 2
+
+
+def said(score: Callable[[Run], float | None], loss: Callable[[Run], float | None] = valley) -> Attempt:
+    """In the place of `attempt`: no training, the score and the loss that are said."""
+    return lambda bench, made, threads=None: result(made, score(made), loss(made))

@@ -1,9 +1,10 @@
 """`gelora compare` on tiny models, trained: equal parameters, the same data order, the same run twice.
 
-No test asserts where a training goes. What is recorded and said of given scores is in tests/unit/test_compare_*.py.
+No test asserts where a training goes. What is recorded and said of given scores is in tests/unit/compare/.py.
 """
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +13,26 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer
 
 from gelora_plugins import cli
-from gelora_plugins.compare.allocations import lora
+from gelora_plugins.compare.allocations import Recipe, lora
 from gelora_plugins.compare.bench import Bench
 from gelora_plugins.compare.record import Run
 from gelora_plugins.compare.run import compare
 from gelora_plugins.compare.task import Task
-from gelora_plugins.compare.train import adapted, attempt, measure_eva, run
+from gelora_plugins.compare.train import adapted, attempt, fit, head_of, measure_eva, run
 from tests.support.comparing import SETTINGS, UNEVEN, compare_tiny, little_garbage, rows, save_model, tiny_task, uneven
 from tests.support.tiny import build
 
 quick = pytest.fixture(scope="module", autouse=True)(little_garbage)
 ONE_RATE = replace(SETTINGS, rates=(1e-2,), seeds=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a tiny model gets below the constant answer's loss is where its training goes."""
+    monkeypatch.setattr("gelora_plugins.compare.train._constant", lambda *_: math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -59,62 +67,111 @@ def test_the_head_the_rows_and_their_order_are_the_seeds_and_not_the_methods(
     uniform = lora((4, 4, 4), bench.sites)
     heads, orders = [], []
     for recipe in (uniform, lora(UNEVEN, bench.sites), eva):
-        heads.append(head_of(adapted(bench, recipe, 1, 3)))
+        heads.append(head_weight(adapted(bench, recipe, 1, 3)))
         orders.append(batches_of(bench, recipe, 1, monkeypatch)[0])
     assert all(torch.equal(head, heads[0]) for head in heads)
     assert orders[0] == orders[1] == orders[2]
     assert sorted(row for batch in orders[0] for row in batch) == sorted(row["input_ids"] for row in bench.drawn(1))
-    assert not torch.equal(head_of(adapted(bench, uniform, 2, 3)), heads[0])
+    assert not torch.equal(head_weight(adapted(bench, uniform, 2, 3)), heads[0])
     other, _ = batches_of(bench, uniform, 2, monkeypatch)
     assert sorted(row for batch in other for row in batch) == sorted(row["input_ids"] for row in bench.drawn(2))
     assert bench.drawn(1) != bench.drawn(2)
     assert all(row in bench.train for row in bench.drawn(2))
 
 
-def test_a_run_that_chooses_a_rate_sees_no_test_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, scored = batches_of(bench, lora(UNEVEN, bench.sites), 0, monkeypatch, choosing=True)
-    trained, scored = ([row for batch in batches for row in batch] for batches in (trained, scored))
-    assert (len(trained), len(scored)) == (32, 8), "a fifth is held out"
-    assert sorted(trained + scored) == sorted(row["input_ids"] for row in bench.train)
+def test_a_run_that_chooses_a_rate_sees_no_test_row_and_makes_as_many_steps(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = []
+    for seed in range(1000, 1005):
+        trained, scored = batches_of(bench, lora(UNEVEN, bench.sites), seed, monkeypatch, choosing=True)
+        trained, scored = (sorted(row for batch in batches for row in batch) for batches in (trained, scored))
+        assert len(scored) == 8
+        assert sorted([*{tuple(row) for row in trained}, *map(tuple, scored)]) == rows_of(bench.train)
+        held_out += map(tuple, scored)
+    assert sorted(held_out) == rows_of(bench.train), "each seed holds out another fifth"
 
 
-def head_of(model: nn.Module) -> torch.Tensor:
+def rows_of(encoded: Any) -> list[tuple[int, ...]]:
+    return sorted(tuple(row["input_ids"]) for row in encoded)
+
+
+def head_weight(model: nn.Module) -> torch.Tensor:
     return next(p for name, p in model.named_parameters() if "modules_to_save.default.weight" in name)
 
 
 def batches_of(
     bench: Bench, recipe: Any, seed: int, monkeypatch: pytest.MonkeyPatch, *, choosing: bool = False
 ) -> tuple[Any, Any]:
-    """The rows of each batch of one epoch: of the training, and of the evaluation."""
+    """The rows of each batch: of the training, which makes a step of each, and of the evaluation, which is one."""
     seen: list[list[list[int]]] = []
-    collate = type(bench.collator).__call__
+    collate, training_step, steps = type(bench.collator).__call__, Trainer.training_step, []
 
     def watched(self: Any, rows: Any) -> Any:
         seen.append([row["input_ids"] for row in rows])
         return collate(self, rows)
 
+    def step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        steps.append(len(inputs["labels"]))
+        return training_step(self, model, inputs, *rest)
+
     with monkeypatch.context() as patch:
         patch.setattr(type(bench.collator), "__call__", watched)
-        run(bench, recipe, seed, 1e-3, choosing=choosing)
-    steps = (bench.settings.rows_per_seed or len(bench.train)) * (4 if choosing else 5) // (5 * 8)
-    return seen[:steps], seen[steps:]
+        patch.setattr(Trainer, "training_step", step)
+        run(bench, Run("row", "method", recipe, seed, 1e-3, choosing=choosing))
+    assert steps == [8] * ((bench.settings.rows_per_seed or len(bench.train)) // 8)
+    return seen[: len(steps)], seen[-1:]
+
+
+# The head
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_head_is_trained_at_a_rate_of_its_own(kind: str, bench: Bench) -> None:
+    """The first steps of AdamW are as long as the rate, whatever the gradient; that of a warm-up is 0."""
+    recipe = lora(UNEVEN, bench.sites) if kind == "lora" else Recipe("full", bench.num_parameters)
+    model = adapted(bench, recipe, 0, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    head = {id(p) for p in head_of(model)}
+    fit(bench, model, Run("row", "method", recipe, 0, 1e-9, choosing=False, head_rate=1e-2), bench.train, 2)
+    moved = {True: [0.0], False: [0.0]}
+    for name, p in model.named_parameters():
+        if name in before:
+            moved[id(p) in head].append((p - before[name]).abs().max().item())
+    assert max(moved[False]) < 1e-6
+    assert 1e-4 < max(moved[True]) <= 1.01e-2
+    assert [tuple(p.shape) for p in head_of(model)] == [(2, 16), (2,)]
+
+
+def test_a_causal_model_has_no_head_and_is_trained_at_one_rate(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    documents = [{"input_ids": row["input_ids"]} for row in rows(20, 0)]
+    task = Task("text", "causal-lm", documents, documents[:10])
+    settings = replace(ONE_RATE, target_modules="all-linear")
+    bench = Bench(str(tmp_path / "model"), task, settings, tmp_path / "text")
+    recipe = lora(UNEVEN, bench.sites)
+    made = Run("row", "method", recipe, 0, 1e-3, choosing=False)
+    assert head_of(adapted(bench, recipe, 0, 1)) == []
+    assert run(bench, replace(made, head_rate=0.5))["loss"] == run(bench, made)["loss"]
 
 
 def test_a_run_is_repeatable_here_and_in_processes_side_by_side(bench: Bench, model: str, tmp_path: Path) -> None:
     settings = replace(ONE_RATE, methods=("plan",), seeds=2)
     plans = {"mine": uneven(bench)}
-    together = compare(model, bench.task, tmp_path, settings, plans=plans, jobs=2, progress=False)
-    again = [run(bench, lora(UNEVEN, bench.sites), seed, 1e-2, choosing=False) for seed in (0, 1)]
-    assert together.results[0].scores == tuple(100 * made["score"] for made in again)
+    compare(model, bench.task, tmp_path, settings, plans=plans, jobs=2, progress=False)
+    again = [run(bench, Run("mine", "mine", lora(UNEVEN, bench.sites), seed, 1e-2, choosing=False)) for seed in (0, 1)]
     recorded = [json.loads(line) for line in (tmp_path / "tiny" / "runs.jsonl").read_text().splitlines()]
-    assert {line["seed"]: line["loss"] for line in recorded} == {0: again[0]["loss"], 1: again[1]["loss"]}
+    for name in ("score", "loss"):
+        assert {line["seed"]: line[name] for line in recorded} == {0: again[0][name], 1: again[1][name]}
     assert again[0]["head_parameters"] == 16 * 2 + 2
 
 
 def test_bfloat16_is_another_run_with_nearly_the_same_result(bench: Bench) -> None:
     """At a rate that moves nothing the losses differ by the rounding of the forward pass: 2^-8 of a value, 3 blocks."""
     mixed = replace(bench, settings=replace(ONE_RATE, bf16=True))
-    first, second = (run(b, lora(UNEVEN, b.sites), 0, 1e-9, choosing=False) for b in (bench, mixed))
+    first, second = (
+        run(b, Run("mine", "mine", lora(UNEVEN, b.sites), 0, 1e-9, choosing=False)) for b in (bench, mixed)
+    )
     assert first["loss"] != second["loss"]
     assert second["loss"] == pytest.approx(first["loss"], rel=0.05)
     assert bench.cache != mixed.cache
@@ -128,7 +185,7 @@ def test_evas_ranks_cost_what_was_asked_where_modules_differ_in_size(bench: Benc
     costs = {name: linear.in_features + linear.out_features for name, linear in bench.targets.items()}
     assert len(set(costs.values())) > 1
     assert sum(rank * costs[name] for name, rank in ranks.items()) == recipe.parameters
-    assert run(bench, recipe, 0, 1e-3, choosing=False)["lora_parameters"] == recipe.parameters
+    assert run(bench, Run("mine", "eva", recipe, 0, 1e-3, choosing=False))["lora_parameters"] == recipe.parameters
 
 
 def test_weights_that_are_nan_have_no_score(tmp_path: Path) -> None:
@@ -137,7 +194,7 @@ def test_weights_that_are_nan_have_no_score(tmp_path: Path) -> None:
     broken.encoder.layer[1].output.dense.weight.data.fill_(float("nan"))
     broken.save_pretrained(tmp_path / "model")
     bench = Bench(str(tmp_path / "model"), tiny_task(), ONE_RATE, tmp_path / "tiny")
-    found = run(bench, lora(UNEVEN, bench.sites), 0, 1e-3, choosing=False)
+    found = run(bench, Run("mine", "mine", lora(UNEVEN, bench.sites), 0, 1e-3, choosing=False))
     assert (found["score"], found["loss"]) == (None, None)
 
 

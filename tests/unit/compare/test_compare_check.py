@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gelora_plugins.compare.results import Result, contrasts_of
+from gelora_plugins.compare.contrasts import contrasts_of
+from gelora_plugins.compare.results import Around, Result
 from gelora_plugins.compare.summary import Comparison
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from compare_check import check  # noqa: E402
+from compare_check import at_one_rate, check  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_the_recorded_comparison_says_what_it_says(recorded: Comparison) -> None
     found, wrong = check(recorded, recorded)
     count = len(recorded.results)
     assert not wrong
-    assert found[0].startswith(f"{count} of {count} methods chose the recorded rate")
+    assert found[0].startswith(f"{count} of {count} methods were judged at a recorded rate")
 
 
 def test_other_draws_of_the_same_scores_are_no_contradiction(recorded: Comparison) -> None:
@@ -68,7 +69,17 @@ def test_a_score_at_another_rate_is_not_compared(recorded: Comparison) -> None:
     made = replace(recorded, results=tuple(replace(r, rate=2 * r.rate, scores=(0.0,) * 5) for r in recorded.results))
     found, wrong = check(made, recorded)
     assert not wrong
-    assert found[0].startswith(f"0 of {len(recorded.results)} methods chose the recorded rate")
+    assert found[0].startswith(f"0 of {len(recorded.results)} methods were judged at a recorded rate")
+
+
+def test_a_rate_beside_the_chosen_one_is_compared_with_the_recorded_one(recorded: Comparison) -> None:
+    was = recorded.results[0]
+    beside = Around(was.rate, was.scores, as_good=False)
+    moved = replace(was, rate=2 * was.rate, scores=(0.0,) * 5, around=(beside,))
+    assert at_one_rate(moved, was) == (was.scores, was.scores)
+    assert at_one_rate(was, moved) == (was.scores, was.scores)
+    assert at_one_rate(replace(moved, head_rate=1.0), was) is None
+    assert at_one_rate(replace(moved, around=(replace(beside, scores=(None, *was.scores[1:])),)), was) is None
 
 
 def test_a_difference_that_is_told_the_other_way_round_is_named(recorded: Comparison) -> None:

@@ -18,12 +18,24 @@ from gelora_plugins.compare.run import compare, design
 from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task
 from gelora_plugins.errors import ConfigError, PlanError, ProbeError, WriteError
-from tests.support.comparing import SETTINGS, UNEVEN, compare_tiny, result, rows, said, save_model, tiny_task, uneven
+from tests.support.comparing import (
+    SETTINGS,
+    UNEVEN,
+    compare_tiny,
+    result,
+    rows,
+    said,
+    save_model,
+    tiny_task,
+    uneven,
+    valley,
+)
 from tests.support.plans import make_plan
 
-PLAIN = replace(SETTINGS, methods=("plan", "uniform", "permuted", "grid"))
+CHOSEN = replace(SETTINGS, methods=("plan", "uniform", "permuted", "grid"))
+PLAIN = replace(CHOSEN, rates=(1e-3,))
 SCORES = {"mine": 0.8, "uniform": 0.7, "permuted": 0.6, "full": 0.9}
-LINES = 3 * (2 + 3)  # mine, uniform (of the grid too), permuted: a run for each rate, then one for each seed
+LINES = 3 * 3  # mine, uniform (of the grid too), permuted: one for each seed
 Say = Callable[[Any], list[Run]]
 
 
@@ -71,18 +83,6 @@ def test_one_training_serves_every_row_that_has_it(model: str, tmp_path: Path, s
     assert found.results[1].scores == found.results[3].scores
     assert len(asked) == len({(made.recipe, made.seed, made.rate, made.choosing) for made in asked}) == LINES
     assert len((tmp_path / "tiny" / "runs.jsonl").read_text().splitlines()) == LINES
-
-
-def test_a_rate_is_chosen_by_the_mean_of_its_seeds_and_no_test_row(model: str, tmp_path: Path, say: Say) -> None:
-    worth = {1e-3: (0.9, 0.1), 3e-3: (0.6, 0.6), 1e-2: (0.7, 0.5)}  # means 0.5, 0.6, 0.6: of equals the smallest
-
-    def score(made: Run) -> float:
-        return worth[made.rate][made.seed] if made.choosing else made.rate  # on the test rows the highest is best
-
-    asked = say(said(score))
-    found = compare_tiny(model, tmp_path, replace(PLAIN, rates=(1e-3, 3e-3, 1e-2), rate_seeds=2))
-    assert {r.rate for r in found.results} == {3e-3}
-    assert {made.rate for made in asked if not made.choosing} == {3e-3}
 
 
 def test_a_second_call_trains_nothing(model: str, tmp_path: Path, say: Say) -> None:
@@ -167,7 +167,16 @@ def test_more_rows_than_there_are_are_refused(model: str, tmp_path: Path) -> Non
         replace(SETTINGS, rows_per_seed=9)
 
 
-@pytest.mark.parametrize("option", [{"rates": (float("inf"),)}, {"rates": (float("nan"), 1.0)}, {"margin": -1.0}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"rates": (float("inf"),)},
+        {"rates": (float("nan"), 1.0)},
+        {"margin": -1.0},
+        {"head_rate": -1.0},
+        {"head_rate": float("nan")},
+    ],
+)
 def test_settings_that_are_no_numbers_to_train_with_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(option))):
         Settings(**option)
@@ -201,15 +210,15 @@ def test_a_run_that_fails_ends_no_other_and_is_tried_again_by_the_next_call(
 
 def test_a_method_whose_rate_could_not_be_chosen_is_not_trained(model: str, tmp_path: Path, say: Say) -> None:
     asked = say(lambda bench, made: failing(made, made.method == "mine" and made.rate == 1e-2))
-    found = compare_tiny(model, tmp_path, PLAIN)
+    found = compare_tiny(model, tmp_path, CHOSEN)
     assert not [made for made in asked if made.method == "mine" and not made.choosing]
     assert methods_of(found) == WHOLE[1:]
-    assert "mine, mine: seed 0 at the rate 0.01 failed" in str(found.gaps[0])
+    assert "mine, mine: seed 1000 at the rate 0.01 failed" in str(found.gaps[0])
 
 
 def test_where_everything_fails_each_method_says_why(model: str, tmp_path: Path, say: Say) -> None:
     asked = say(lambda bench, made: "RuntimeError: broken.")
-    found = compare_tiny(model, tmp_path, PLAIN)
+    found = compare_tiny(model, tmp_path, CHOSEN)
     assert len(asked) == 3, "once for each recipe"
     assert not found.results
     assert [gap.unfinished for gap in found.gaps] == [True] * 4
@@ -268,7 +277,7 @@ def test_one_diverged_seed_hides_only_its_method(model: str, tmp_path: Path, say
 
 def test_a_score_without_a_finite_loss_is_none(model: str, tmp_path: Path, say: Say) -> None:
     """As older records have it: of weights that are all NaN, argmax makes an answer."""
-    say(lambda bench, made: result(made, usual(made), None if made.method == "mine" else 0.5))
+    say(lambda bench, made: result(made, usual(made), loss=None if made.method == "mine" else 0.5))
     assert "3 of 3 seeds diverged" in str(compare_tiny(model, tmp_path, PLAIN).gaps[0])
 
 
@@ -430,10 +439,14 @@ def test_a_hidden_file_has_a_name_and_what_failed_is_an_exit_code(
 ) -> None:
     plan = save_plan(Bench(model, tiny_task(), SETTINGS, files), files / "a" / "plan.json")
     command = (*arguments_of(model, files), "--plan", plan)
-    say(lambda bench, made: failing(made, made.method == "plan") if made.method == "plan" else result(made, 0.5))
+    say(
+        lambda bench, made: (
+            failing(made, made.method == "plan") if made.method == "plan" else result(made, 0.5, valley(made))
+        )
+    )
     assert run_command(monkeypatch, *command) == 1
     shown = capsys.readouterr().out
-    assert "rows: plan, plan: seed 0 at the rate 0.0003 failed" in shown
+    assert "rows: plan, plan: seed 1000 at the rate 0.0003, the head's" in shown
     assert "plan: uniform |" in shown
     say(said(lambda made: 0.5))
     assert run_command(monkeypatch, *command) == 0
@@ -448,3 +461,11 @@ def test_a_name_that_leads_elsewhere_is_refused_before_anything_is_trained(
     assert "The task is called '../../x'" in capsys.readouterr().err
     assert not asked
     assert not (files / "out").exists()
+
+
+def test_the_heads_rate_is_an_option(model: str, files: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    plan = save_plan(Bench(model, tiny_task(), SETTINGS, files), files / "a" / "plan.json")
+    asked = say(said(lambda made: 0.5))
+    options = ("--plan", plan, "--head-rate", "0.02", "--rates", "1e-3")
+    assert run_command(monkeypatch, *arguments_of(model, files), *options) == 0
+    assert {made.head_rate for made in asked} == {0.02}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gelora_plugins.compare.bench import Bench, Settings
-from gelora_plugins.compare.task import IGNORED_LABEL, SCORES, Collator, Task, encode, evaluate, split_fifth
+from gelora_plugins.compare.scoring import SCORES, constant_loss, evaluate
+from gelora_plugins.compare.task import IGNORED_LABEL, Collator, Task, encode, split_fifth
 from gelora_plugins.errors import ConfigError, ProbeError
 
 ROWS = [{"text": f"a {i}", "label": "yes" if i % 2 else "no"} for i in range(20)]
@@ -100,6 +101,14 @@ def test_a_fifth_is_held_out_and_nothing_is_lost() -> None:
     assert split_fifth(list(range(23))) == (kept, fifth)
 
 
+def test_the_five_fifths_hold_every_row_once() -> None:
+    for count in (10, 23, 24):
+        parts = [split_fifth(list(range(count)), which) for which in range(5)]
+        assert sorted(row for _, fifth in parts for row in fifth) == list(range(count))
+        assert all(sorted(kept + fifth) == list(range(count)) for kept, fifth in parts)
+        assert max(len(fifth) for _, fifth in parts) - min(len(fifth) for _, fifth in parts) <= 1
+
+
 MISTAKES = {
     "length": ({"max_length": 0}, "max_length is 0; expected at least 1 token"),
     "kind": ({"kind": "ranking"}, "The kind of task is 'ranking'; expected one of: classification, regression, causal"),
@@ -156,3 +165,15 @@ def test_padding_and_prompts_are_not_in_the_loss() -> None:
     pairs = [(2, 3), (3, 4), (1, 3)]
     expected = -sum(logits.log_softmax(-1)[before, after].item() for before, after in pairs) / 3
     assert score == loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_constant_answer_is_that_of_the_training_rows() -> None:
+    train = [{"labels": 0}] * 6 + [{"labels": 1}] * 2
+    assert constant_loss("classification", train, [{"labels": 0}, {"labels": 1}]) == pytest.approx(
+        -(np.log(0.75) + np.log(0.25)) / 2
+    )
+    unknown = constant_loss("classification", train, [{"labels": 2}])
+    assert unknown == pytest.approx(-np.log(1 / 8)), "as if it had been seen once"
+    pairs = [{"labels": [0.0, 2.0]}, {"labels": [2.0, 4.0]}]
+    assert constant_loss("regression", pairs, [{"labels": [1.0, 4.0]}]) == pytest.approx(0.5)
+    assert constant_loss("regression", [{"labels": 1.0}, {"labels": 3.0}], [{"labels": 5.0}]) == pytest.approx(9.0)

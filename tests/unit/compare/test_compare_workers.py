@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gelora_plugins.compare.workers import side_by_side
+from gelora_plugins.side_by_side import side_by_side
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,7 +46,7 @@ def tell_and_sleep(item: int) -> None:
 
 def test_no_process_outlives_the_one_that_started_it() -> None:
     script = """if __name__ == "__main__":
-        from gelora_plugins.compare.workers import side_by_side
+        from gelora_plugins.side_by_side import side_by_side
         from tests.unit.compare.test_compare_workers import tell_and_sleep
         list(side_by_side(tell_and_sleep, [1], 1))"""
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
