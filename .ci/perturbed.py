@@ -3,7 +3,7 @@
 Unit and integration tests run several times, each time with many circumstances changed at once. What fails in a run is
 tried again with one circumstance of that run at a time, which says which of them matters. Standard library only.
 
-    python .ci/perturbed.py [--runs 2 3] [tests/unit/ranks ...]
+    python .ci/perturbed.py [--run 2 --run 3] [tests/unit/ranks ...]
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ RUNS = (
 def main() -> int:
     """Run all of `RUNS`; print and save what failed in which. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="*", type=int, default=range(1, len(RUNS) + 1), help="their numbers, from 1")
+    parser.add_argument("--run", action="append", type=int, help="the number of a run, from 1; all if not given")
     parser.add_argument("tests", nargs="*", default=TESTS)
     chosen = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
     lines = [f"{datetime.date.today()}, {_processor()}, {CORES} cores, {_versions()}"]
     bad = False
-    for number in chosen.runs:
+    for number in chosen.run or range(1, len(RUNS) + 1):
         run = RUNS[number - 1]
         with tempfile.TemporaryDirectory(prefix="perturbed-") as away:
             os.chmod(away, 0o755)

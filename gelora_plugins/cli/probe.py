@@ -38,6 +38,16 @@ def probe(
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
     text_field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="Where the model goes: auto (an accelerator where there is one), cpu, cuda, cuda:1, mps."),
+    ] = "auto",
+    device_map: Annotated[
+        str, typer.Option(help="How accelerate spreads a model that does not fit one device: auto, balanced.")
+    ] = "",
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Load the weights as QLoRA does: 4 bits, nf4. Needs bitsandbytes.")
+    ] = False,
     estimator: Annotated[str, typer.Option(help=help_of("estimator"))] = default_of("estimator"),
     pooling: Annotated[str, typer.Option(help=help_of("pooling"))] = default_of("pooling"),
     probe_samples: Annotated[int, typer.Option(help=help_of("probe_samples"))] = default_of("probe_samples"),
@@ -81,7 +91,7 @@ def probe(
     from gelora_plugins.probe.formats import load_rows
 
     dataset = load_rows(data, split)  # a file that cannot be read must not cost the loading of a model
-    loaded, tokenizer = _load(model, task, dtype)
+    loaded, tokenizer = _load(model, task, dtype, _placed(device, device_map, load_in_4bit))
     rows = _prepared(dataset, loaded, tokenizer, text_field, data, probe_max_length)
     profile = _probe_all(loaded, rows, config, rank, output) if sensitivity else _probe(loaded, rows, config)
     json_files.write_json(output, profile.to_dict())
@@ -125,7 +135,28 @@ def _probe_all(model: Any, rows: Any, config: GeLoRAConfig, rank: int, output: P
     return found.profile
 
 
-def _load(model: str, task: str, dtype: str) -> tuple[Any, Any]:
+def _placed(device: str, device_map: str, load_in_4bit: bool) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: where the weights go, and in how many bits."""
+    import torch
+
+    placed: dict[str, Any] = {}
+    if device_map:
+        if device != "auto":
+            raise ConfigError(f"--device is {device!r} and --device-map is {device_map!r}; give one of them.")
+        placed["device_map"] = device_map
+    else:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        placed["device_map"] = {"": device if device != "auto" else "cpu" if accelerator is None else accelerator.type}
+    if load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        placed["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return placed
+
+
+def _load(model: str, task: str, dtype: str, placed: dict[str, Any]) -> tuple[Any, Any]:
     """The model with the head that it will be trained with (its name is in every module path), and its tokenizer."""
     import torch
     import transformers
@@ -143,6 +174,6 @@ def _load(model: str, task: str, dtype: str) -> tuple[Any, Any]:
                 f"its config.json names the architecture {name!r}, which transformers {transformers.__version__} does "
                 f"not have. Say which head it is to be trained with: --task {', '.join(_TASKS)}."
             )
-        return loader.from_pretrained(model, dtype=dtype), transformers.AutoTokenizer.from_pretrained(model)
+        return loader.from_pretrained(model, dtype=dtype, **placed), transformers.AutoTokenizer.from_pretrained(model)
     except Exception as error:  # a folder of files that anybody may have written
         raise ProbeError(f"{model} cannot be loaded: {reason(error)}") from error

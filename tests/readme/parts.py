@@ -73,6 +73,21 @@ def growth_errors() -> str:
     return "\n".join(lines)
 
 
+def verdict_rates() -> str:
+    names = {"independent": "alike, drawn anew", "shared": "alike, the same documents", "falling": "falling everywhere"}
+    rows = result("verdict")["rows"]
+    counts = sorted({row["points"] for row in rows})
+    lines = [
+        f"| data | {' | '.join(f'{count:,} documents' for count in counts)} |",
+        "| --- |" + " --- |" * len(counts),
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["points"]: f"{row['differ'] / row['sets']:.1%}" for row in rows if row["case"] == case}
+        label = names.get(case, f"one block grows by {case}")
+        lines.append(f"| {label} | {' | '.join(found[count] for count in counts)} |")
+    return "\n".join([*lines, "", f"{min(row['sets'] for row in rows)} sets or more of each."])
+
+
 def neighbours() -> str:
     recorded = result("neighbours")
     names = list(recorded["rows"][-1]["over_product"])[1:]  # the first is the product itself
@@ -207,6 +222,7 @@ PARTS: dict[str, Callable[[], str]] = {
         formats_read,
         estimators,
         growth_errors,
+        verdict_rates,
         neighbours,
         startup,
         probe_cost,

@@ -96,6 +96,25 @@ def test_probe_stops_at_the_target(
         assert json.loads((tmp_path / "profile.json").read_text())["target_std_error"] == float(target)
 
 
+@pytest.mark.parametrize("options", [["--device", "cpu"], ["--device-map", "auto"]])
+def test_a_model_that_is_placed_has_the_same_profile(
+    tmp_path: Path, model: Path, data: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "probe", model, data, "-o", tmp_path / "a.json")
+    run(monkeypatch, "probe", model, data, *options, "-o", tmp_path / "b.json")
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert first["estimates"] == second["estimates"]
+
+
+def test_a_model_in_four_bits_is_measured_as_such(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "probe", model, data, "--load-in-4bit", "-o", tmp_path / "profile.json")
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert profile["model_fingerprint"].startswith("uint8:")
+    assert len(profile["layout"]["stacks"][0]) == 3
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl.gz", ".csv.gz"])
 def test_other_files_give_the_same_profile(
     tmp_path: Path, model: Path, data: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +142,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown estimator": (["probe", "{model}", "{data}", "--estimator", "x"], "twonn, twonn_mle"),
     "unknown task": (["probe", "{model}", "{data}", "--task", "x"], "expected auto or one of: causal-lm"),
     "unknown dtype": (["probe", "{model}", "{data}", "--dtype", "x"], "expected auto, float32"),
+    "unknown device": (["probe", "{model}", "{data}", "--device", "x"], "model cannot be loaded: "),
+    "two ways to place it": (
+        ["probe", "{model}", "{data}", "--device", "cpu", "--device-map", "auto"],
+        "--device is 'cpu' and --device-map is 'auto'; give one of them",
+    ),
     "no such field": (["probe", "{model}", "{other}"], "other.jsonl: it has the fields words; expected input_ids"),
     "target without end": (["probe", "{model}", "{data}", "--target-std-error", "inf"], "expected a positive number"),
     "target that is none": (["probe", "{model}", "{data}", "--target-std-error", "nan"], "expected a positive number"),
