@@ -34,7 +34,7 @@ $(TEST) $(REST):
 test-perturbed: environment
 	@$(PYTHON3) .ci/perturbed.py
 
-# The whole protocol of a comparison in under ten minutes of two cores: the head's rate, two methods with theirs, their
+# The whole protocol of a comparison, in about 115 trainings on 120 rows: the head's rate, two methods with theirs, their
 # neighbours, and the picture of score against rate. What comes out is checked against the record, if there is one.
 compare-small: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python benchmarks/compare_tasks.py docstrings --train-rows 120 --plans budget \
