@@ -34,12 +34,12 @@ $(TEST) $(REST):
 test-perturbed: environment
 	@$(PYTHON3) .ci/perturbed.py
 
-# The whole protocol of a comparison in under ten minutes of two cores: the head's rate, two methods with theirs, their
-# neighbours, and the picture of score against rate. What comes out is checked against the record.
+# The whole protocol of a comparison, in about 115 trainings on 120 rows: the head's rate, two methods with theirs, their
+# neighbours, and the picture of score against rate. What comes out is checked against the record, if there is one.
 compare-small: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python benchmarks/compare_tasks.py docstrings --train-rows 120 --plans budget \
 	  --methods plan,uniform --jobs $(CORES) --output compare-small
-	$(MAIN)/bin/python benchmarks/compare_check.py compare-small
+	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python benchmarks/compare_check.py compare-small; fi
 
 # Which changes of the engine's code no test notices (about two hours); the answer is in benchmarks/results/mutants.json.
 mutants: environment

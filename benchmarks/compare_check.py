@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a comparison that was made anew")
     parser.add_argument("--recorded", type=Path, default=RESULTS / "compare-small", help="the one that is recorded")
     options = parser.parse_args()
+    if not options.recorded.exists():
+        raise SystemExit(f"Nothing to check it against: {options.recorded} is not there.")
     found, wrong = check(Comparison.read(options.folder), Comparison.read(options.recorded))
     print("\n".join(found + wrong))
     raise SystemExit(1 if wrong else 0)

@@ -20,7 +20,8 @@ class Tried:
     """What the search for a rate found at one rate.
 
     Attributes:
-        loss: mean held-out loss of its seeds, fewer of them far from the best rate.
+        loss: held-out loss over all seeds. Where fewer ran: that of the chosen rate and the mean difference from it, as
+            each seed has rows of its own. None where one is no number.
         seeds, diverged: how many ran, and how many of them diverged.
     """
 
@@ -212,9 +213,7 @@ def _result(
         ranks=_ranks(experiment, row, method),
         head_rate=made[0].get("head_rate"),
         diverged="" if fallen is None else f"{fallen.diverged} seeds diverged at {fallen.rate:g}",
-        search=tuple(_tried(run["rate"], [lines[key] for key in run["keys"]]) for run in search["runs"])
-        if search
-        else (),
+        search=_search(search, lines) if search else (),
         why=search["why"] if search else "",
         stable=search["stable"] if search else None,
         cliff=search["cliff"] if search else None,
@@ -233,10 +232,15 @@ def _around(
     return tuple(sorted(found, key=lambda around: around.rate))
 
 
-def _tried(rate: float, made: Sequence[Mapping[str, Any]]) -> Tried:
-    losses = [run["loss"] for run in made]
-    known = None if None in losses else statistics.fmean(losses)
-    return Tried(rate, known, len(made), sum(map(diverged, made)))
+def _search(search: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]) -> tuple[Tried, ...]:
+    made = {run["rate"]: [lines[key] for key in run["keys"]] for run in search["runs"]}
+    chosen = {run["seed"]: run["loss"] for run in made[search["chosen"]]}
+    middle, found = statistics.fmean(chosen.values()), []
+    for rate, runs in made.items():
+        apart = [run["loss"] - chosen[run["seed"]] for run in runs if run["loss"] is not None]
+        loss = middle + statistics.fmean(apart) if len(apart) == len(runs) else None
+        found.append(Tried(rate, loss, len(runs), sum(map(diverged, runs))))
+    return tuple(found)
 
 
 def _unit(experiment: Mapping[str, Any]) -> float:

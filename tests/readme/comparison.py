@@ -173,7 +173,7 @@ def tuned() -> str:
         cliff, runs = "" if r["cliff"] is None else f"{r['cliff']:g}", sum(tried["seeds"] for tried in r["search"])
         lines.append(f"| {_label(r)} | {_mean(r)} | {r['rate']:g} | {' | '.join(beside)} | {cliff} | {runs} |")
     said = [line for line in found["lines"] if "The head's rate" in line or " against " in line or " is " in line]
-    return "\n".join([*lines, "", *(f"- {line}" for line in said)])
+    return "\n".join([*lines, "", *said])
 
 
 def _at(around: Mapping[str, Any]) -> str:

@@ -69,6 +69,16 @@ def test_each_method_has_the_rate_that_it_wants(make: Make) -> None:
     assert {made.seed for made in asked if not made.choosing} == {0, 1, 2}
 
 
+def test_a_rate_that_few_seeds_tried_is_shown_beside_the_others(make: Make) -> None:
+    """Each seed holds out other rows: alone, the first would make its rates look better than those that all tried."""
+    found, _ = make(lambda made: 0.5 + far(made.rate, 3e-3) + 0.2 * (made.seed - 1000 if made.choosing else 0))
+    tried = of(found, "mine").search
+    assert {t.seeds for t in tried} == {1, 2, 3}
+    assert [t.loss for t in tried if not t.diverged] == [
+        pytest.approx(0.7 + far(t.rate, 3e-3)) for t in tried if not t.diverged
+    ]
+
+
 def test_what_judges_chooses_nothing(make: Make) -> None:
     """On the test rows another rate is best, by loss and by score."""
     found, _ = make(
