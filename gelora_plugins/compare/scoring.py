@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gelora_plugins.compare.task import IGNORED_LABEL, Collator
+from gelora_plugins.compare.task import Collator
+from gelora_plugins.probe.documents import IGNORED_LABEL
 
 
 def evaluate(

@@ -94,8 +94,8 @@ def _proportional(
         above = {i for i in free if shares[i] > most[i]}
         if not below and not above:
             break
-        short = sum((least[i] - shares[i]) * costs[i] for i in below)
-        short -= sum((shares[i] - most[i]) * costs[i] for i in above)
+        over = sum((shares[i] - most[i]) * costs[i] for i in above)
+        short = sum((least[i] - shares[i]) * costs[i] for i in below) - over
         fixed = (below if short >= 0 else set()) | (above if short <= 0 else set())
         for i in fixed:
             shares[i] = Fraction(least[i] if i in below else most[i])
