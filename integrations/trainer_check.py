@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback
 
@@ -14,16 +14,25 @@ from gelora_plugins.ranks.plan_check import check_plan
 from .sharding import is_sharded
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from gelora_plugins.ranks.find_adapter import Adapter
+    from gelora_plugins.ranks.plan import RankPlan
 
-    from .selection import RankSelection
+    from .checkpoint import Checkpoint
 
 WAYS_OUT = (
     "Make it of all the adapter's parameters (those that are not to be trained: requires_grad_(False)), or pass "
     "optimizer_cls_and_kwargs=... instead. One Trainer has one optimizer: for another adapter make another Trainer."
 )
+
+
+class Settled(Protocol):
+    """What is to be trained: ranks that were chosen, or those of a checkpoint, or neither."""
+
+    trainer: Trainer
+    plan: RankPlan | None
+    checkpoint: Checkpoint | None
 
 
 class TrainingCheck(TrainerCallback):
@@ -34,7 +43,7 @@ class TrainingCheck(TrainerCallback):
         TooLateError: the optimizer holds other parameters, which would train nothing without a word.
     """
 
-    def __init__(self, selection: RankSelection) -> None:
+    def __init__(self, selection: Settled) -> None:
         self.selection = selection
 
     def on_train_begin(

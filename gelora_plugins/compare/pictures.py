@@ -6,24 +6,25 @@ Needs matplotlib.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from gelora_plugins.compare.stats import mean_interval, pareto
 from gelora_plugins.text import label
 
 if TYPE_CHECKING:
     from gelora_plugins.compare.results import Result
-    from gelora_plugins.compare.summary import Comparison
+
+    Tasks = Sequence[Mapping[str, Any]]  # as in experiment.json
 
 
-def draw_pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+def draw_pareto(tasks: Tasks, found: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Mean score with its 95 % interval against trained parameters; a line joins what nothing else beats."""
     from matplotlib.figure import Figure  # no pyplot: no window, no global state
 
-    tasks = [experiment["task"] for experiment in comparison.experiments]
     figure = Figure(figsize=(8, 4.5 * len(tasks)), layout="constrained")
     for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks, strict=True):
-        results = [result for result in comparison.results if result.task == task["name"]]
+        results = [result for result in found if result.task == task["name"]]
         sign = 1.0 if task["metric"] != "loss" else -1.0
         front = pareto([(result.parameters, sign * result.mean) for result in results])
         line = sorted((results[i].parameters, results[i].mean) for i in front)
@@ -54,15 +55,15 @@ def draw_pareto(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_patterns(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+def draw_patterns(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """The rank of every block, a line per method and order, a panel per task and row; of EVA the mean of the block."""
     from matplotlib.figure import Figure
 
     panels = []
-    for task, row in dict.fromkeys((result.task, result.row) for result in comparison.results):
+    for task, row in dict.fromkeys((result.task, result.row) for result in results):
         lines = [
             (result.method, ranks)
-            for result in comparison.results
+            for result in results
             if (result.task, result.row) == (task, row)
             for ranks in result.ranks
         ]
@@ -84,19 +85,18 @@ def draw_patterns(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_rates(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+def draw_rates(tasks: Tasks, results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Held-out loss against the rate for each method, and the scores at its rate and beside it, a row per task.
 
     A cross is a rate at which a seed diverged, a ring the chosen one; the bars are 95 % intervals over the seeds.
     """
     from matplotlib.figure import Figure
 
-    tasks = [
-        e["task"] for e in comparison.experiments if any(e["task"]["name"] == r.task for r in _searched(comparison))
-    ]
+    searched = _searched(results)
+    tasks = [task for task in tasks if any(task["name"] == r.task for r in searched)]
     figure = Figure(figsize=(11, 4.5 * len(tasks)), layout="constrained")
     for (losses, scores), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
-        for i, result in enumerate(r for r in _searched(comparison) if r.task == task["name"]):
+        for i, result in enumerate(r for r in searched if r.task == task["name"]):
             color, name = f"C{i % 10}", label(f"{result.row}: {result.method}")
             learned = [(t.rate, t.loss) for t in result.search if not t.diverged and t.loss is not None]
             losses.plot(*zip(*learned, strict=True), ".-", color=color, linewidth=1, label=name)
@@ -121,8 +121,6 @@ def draw_rates(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _searched(comparison: Comparison) -> list[Result]:
+def _searched(results: Sequence[Result]) -> list[Result]:
     """The results with a search, each training once."""
-    return list({(r.task, r.search, r.rate, r.scores): r for r in reversed(comparison.results) if r.search}.values())[
-        ::-1
-    ]
+    return list({(r.task, r.search, r.rate, r.scores): r for r in reversed(results) if r.search}.values())[::-1]

@@ -205,11 +205,12 @@ class Comparison:
             from gelora_plugins.compare.pictures import draw_pareto, draw_patterns, draw_rates
 
             paths += [directory / "pareto.png", directory / "patterns.png"]
-            draw_pareto(self, paths[2])
-            draw_patterns(self, paths[3])
+            tasks = [experiment["task"] for experiment in self.experiments]
+            draw_pareto(tasks, self.results, paths[2])
+            draw_patterns(self.results, paths[3])
             if any(result.search for result in self.results):
                 paths.append(directory / "rates.png")
-                draw_rates(self, paths[4])
+                draw_rates(tasks, self.results, paths[4])
         return paths
 
 
