@@ -63,7 +63,8 @@ class GeLoRAConfig:
         metadata={
             "help": "What becomes of lora_alpha where a block has another rank than `r`: `constant` keeps lora_alpha / "
             "r the same everywhere, as published, so that a block of more ranks takes larger steps; `equal_step` keeps "
-            "lora_alpha itself, so that steps are as large at every rank. Rank-stabilised LoRA likewise."
+            "lora_alpha itself (what comes to the same with rank-stabilised LoRA), so that steps are as large at every "
+            "rank."
         },
     )
     standardise: bool = field(

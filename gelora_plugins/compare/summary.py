@@ -12,6 +12,7 @@ from typing import Any
 from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import GRID
 from gelora_plugins.compare.contrasts import Contrast, contrasts_of
+from gelora_plugins.compare.pictures import draw_pareto, draw_patterns, draw_rates
 from gelora_plugins.compare.results import Around, Gap, Result, read_task
 from gelora_plugins.compare.stats import NOT_TOLD
 from gelora_plugins.errors import PlanError
@@ -202,8 +203,6 @@ class Comparison:
         json_files.write_json(paths[0], self.to_dict())
         json_files.write_text(paths[1], self.to_markdown())
         if importlib.util.find_spec("matplotlib") is not None:
-            from gelora_plugins.compare.pictures import draw_pareto, draw_patterns, draw_rates
-
             paths += [directory / "pareto.png", directory / "patterns.png"]
             tasks = [experiment["task"] for experiment in self.experiments]
             draw_pareto(tasks, self.results, paths[2])

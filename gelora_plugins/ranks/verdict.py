@@ -89,17 +89,15 @@ def sure_plan(
         raise PlanError(
             f"{verdict(plan)} on_unsure is 'raise': give more documents (probe_samples), or choose 'warn' or 'uniform'."
         )
-    logger.warning("%s Every block gets r = %d, because on_unsure is 'uniform'.", verdict(plan), base_rank)
+    logger.warning("%s Every block gets your own r instead, because on_unsure is 'uniform'.", verdict(plan))
     return make_plan(profile, replace(config, policy="uniform"), sites, base_rank, **how)
 
 
 def verdict(plan: RankPlan) -> str:
     """One or two sentences: whether the blocks differ, and what the ranks are then."""
-    profile, apart = plan.profile, tell_apart(plan.profile)
-    if plan.policy == "uniform":
-        return f"Every block has r = {plan.base_rank}, as the policy uniform says."
     if len(set(plan.ranks)) == 1:
-        return f"No block needs more than another: this is LoRA with r = {plan.ranks[0]}."
+        return f"Every block has the same rank: this is LoRA with r = {plan.ranks[0]}."
+    profile, apart = plan.profile, tell_apart(plan.profile)
     if apart.p is None:
         return f"How sure these ranks are is not known: the estimator {profile.estimator} gives no standard errors."
     if apart.differ:

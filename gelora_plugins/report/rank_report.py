@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gelora_plugins import json_files
+from gelora_plugins.plugins import BUILT_INS, plugin_manager
 from gelora_plugins.ranks.verdict import SETTLED, verdict
 from gelora_plugins.report.pictures import draw
 from gelora_plugins.report.table import COLUMNS, cells, plan_table, render
@@ -108,8 +109,6 @@ def write_reports(report: RankReport, output_dir: str | os.PathLike[str]) -> Non
     Raises:
         WriteError: the files cannot be written.
     """
-    from gelora_plugins.plugins import BUILT_INS, plugin_manager
-
     manager = plugin_manager()
     plugins = {impl.plugin_name: impl.plugin for impl in manager.hook.write_report.get_hookimpls()}
     for name in sorted(plugins, key=lambda name: name != BUILT_INS):

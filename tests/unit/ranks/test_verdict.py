@@ -76,8 +76,7 @@ def test_what_the_report_opens_with():
     assert tell_apart(unsure.profile).p > LEVEL
     assert verdict(unsure).startswith("Your data do not tell the blocks apart (1,000 documents")
     assert verdict(unsure).endswith("these ranks are one draw of many.")
-    assert verdict(make_plan(ranks=(1,) * 6)) == "No block needs more than another: this is LoRA with r = 1."
-    assert verdict(replace(unsure, policy="uniform")) == "Every block has r = 8, as the policy uniform says."
+    assert verdict(make_plan(ranks=(1,) * 6)) == "Every block has the same rank: this is LoRA with r = 1."
     assert verdict(make_plan()).startswith("How sure these ranks are is not known: the estimator ")
 
 
@@ -94,7 +93,7 @@ def test_ranks_that_are_not_sure_are_used_replaced_or_refused(caplog):
     assert len(set(chosen(UNSURE).ranks)) > 1
     assert not caplog.records
     assert chosen(UNSURE, on_unsure="uniform").ranks == (8,) * 6
-    assert "Every block gets r = 8, because on_unsure is 'uniform'" in caplog.text
+    assert "Every block gets your own r instead, because on_unsure is 'uniform'" in caplog.text
     with pytest.raises(PlanError, match=r"do not tell the blocks apart .* on_unsure is 'raise': give more documents"):
         chosen(UNSURE, on_unsure="raise")
 
