@@ -1,4 +1,4 @@
-"""The built-in estimators, poolings, policies, layout finder and reports, registered as a stranger's would be."""
+"""What the package brings for each hook, registered as a stranger's would be."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,13 @@ def register_rank_policies() -> dict[str, Any]:
     from gelora_plugins.ranks import policies
 
     return {"gelora": policies.gelora, "budget": policies.budget, "uniform": policies.uniform}
+
+
+@hookimpl
+def register_training_methods() -> dict[str, Any]:
+    from gelora_plugins.methods import flat_lora
+
+    return {"flat_lora": flat_lora.FlatLoRA}
 
 
 @hookimpl(trylast=True)

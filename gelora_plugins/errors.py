@@ -37,6 +37,10 @@ class TooLateError(GeLoRAError):
     """GeLoRA was attached when the optimizer, or training, already held the old parameters."""
 
 
+class MethodError(GeLoRAError):
+    """A training method cannot train this; nothing was changed."""
+
+
 class ExportError(GeLoRAError):
     """A saved adapter cannot be given one rank for all modules; nothing was written."""
 

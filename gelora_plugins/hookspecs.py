@@ -31,6 +31,11 @@ def register_rank_policies() -> "Mapping[str, Callable[..., Any]]":
     """Rank policies by name: profile, sites, base_rank, config -> one rank of at least 1 per site."""
 
 
+@hookspec
+def register_training_methods() -> "Mapping[str, Callable[..., Any]]":
+    """Training methods by name: options -> `gelora_plugins.methods.base.TrainingMethod`, a TrainerCallback."""
+
+
 @hookspec(firstresult=True)
 def find_model_layout(model: "nn.Module") -> "ModelLayout | None":
     """The transformer blocks of `model`, or None when this plugin does not know it."""

@@ -22,6 +22,7 @@ _KINDS = {
     "estimator": "register_estimators",
     "pooling": "register_poolings",
     "policy": "register_rank_policies",
+    "method": "register_training_methods",
 }
 
 
@@ -67,7 +68,7 @@ def find_layout(model: "nn.Module") -> "ModelLayout":
 
 
 def find(kind: str, name: str) -> Callable[..., Any]:
-    """The estimator, pooling or policy of that name.
+    """The estimator, pooling, policy or training method of that name.
 
     Raises:
         ConfigError: there is none; the message lists what exists.
@@ -80,7 +81,7 @@ def find(kind: str, name: str) -> Callable[..., Any]:
 
 
 def available(kind: str) -> dict[str, Callable[..., Any]]:
-    """All estimators, poolings or policies by name.
+    """All estimators, poolings, policies or training methods by name.
 
     Raises:
         PluginError: two plugins register one name, or a hook fails; they are named.

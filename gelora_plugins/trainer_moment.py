@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from gelora_plugins.errors import TooLateError
 
@@ -40,6 +42,14 @@ def trainer_being_made(callback: TrainerCallback) -> Trainer:
         if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
             return candidate
     raise TooLateError(f"on_init_end was not called by a Trainer that has this callback. {HOW_TO_ATTACH}")
+
+
+def checkpoint_path(trainer: Trainer, resume_from_checkpoint: Any) -> str | None:
+    """The checkpoint that `train(resume_from_checkpoint)` takes; None where it starts anew."""
+    if isinstance(resume_from_checkpoint, bool):
+        # Where there is none the Trainer says so itself.
+        return get_last_checkpoint(trainer.args.output_dir) if resume_from_checkpoint else None
+    return None if resume_from_checkpoint is None else os.fspath(resume_from_checkpoint)
 
 
 def _frames() -> Iterator[FrameType]:

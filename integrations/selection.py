@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateError, WriteError
@@ -25,12 +24,12 @@ from gelora_plugins.ranks.patterns import check_initialisation, without_plan
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.plan_check import check_plan, with_plan
 from gelora_plugins.ranks.verdict import sure_plan
+from gelora_plugins.trainer_moment import Methods, checkpoint_path, replace_methods
 
 from .checkpoint import PLAN, Checkpoint
 from .sharding import is_sharded
 from .telling import is_at, tell
 from .trainer_check import TrainingCheck, check_unstarted
-from .trainer_moment import Methods, replace_methods
 from .training_rows import collator_of, documents_of
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class RankSelection:
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with the ranks settled first."""
-        path = self._checkpoint_path(resume_from_checkpoint)
+        path = checkpoint_path(self.trainer, resume_from_checkpoint)
         built = self._is_built(self.trainer.model)
         if built:
             self._compare_model()
@@ -270,12 +269,6 @@ class RankSelection:
         if told is not None and told != self._told and self.trainer.is_world_process_zero():
             self._told = told
             tell(self.trainer, self.config, self.plan, self.checkpoint, applied, (before, after))
-
-    def _checkpoint_path(self, resume_from_checkpoint: Any) -> str | None:
-        if isinstance(resume_from_checkpoint, bool):
-            # Where there is none the Trainer says so itself.
-            return get_last_checkpoint(self.trainer.args.output_dir) if resume_from_checkpoint else None
-        return resume_from_checkpoint
 
 
 def _adapter_name(model: nn.Module | None) -> str | None:

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from gelora_plugins.errors import PlanError, TooLateError
 from gelora_plugins.ranks.adapter import has_ranks_of
 from gelora_plugins.ranks.find_adapter import require_adapter
+from gelora_plugins.ranks.held import check_held, trained
 from gelora_plugins.ranks.plan_check import check_plan
 
 from .sharding import is_sharded
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from gelora_plugins.ranks.plan import RankPlan
 
     from .checkpoint import Checkpoint
-
-WAYS_OUT = (
-    "Make it of all the adapter's parameters (those that are not to be trained: requires_grad_(False)), or pass "
-    "optimizer_cls_and_kwargs=... instead. One Trainer has one optimizer: for another adapter make another Trainer."
-)
 
 
 class Settled(Protocol):
@@ -67,36 +63,10 @@ def check_unstarted(optimizer: Any, adapter: Adapter) -> None:
     The Parameters stay the same objects when they get other shapes. What an optimizer keeps beside them does not.
     """
     check_held(optimizer, adapter)
-    if any(parameter in optimizer.state for _, parameter in _parameters(adapter)):
+    if any(parameter in optimizer.state for _, parameter in trained(adapter)):
         raise TooLateError(
             "The Trainer was given an optimizer that has begun: it keeps values in the shapes that the adapter's "
             "matrices have now (Adagrad makes them at once, others in their first step). Pass a fresh one of another "
             "kind, or optimizer_cls_and_kwargs=... instead of optimizers=..., or choose the ranks before the optimizer "
             "is made: plan = select_ranks(model, rows); apply_plan(model, plan)."
         )
-
-
-def check_held(optimizer: Any, adapter: Adapter) -> None:
-    """Raises TooLateError unless every trainable parameter of `adapter` is in `optimizer`."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    # Layer-wise optimizers step in hooks, and the one that the Trainer sees is a dummy (transformers 5.23); torchao's
-    # CPUOffloadOptimizer has copies in its groups.
-    for kept in ("optimizer_dict", "param_d2h_map"):
-        held.update(id(parameter) for parameter in getattr(inner, kept, None) or ())
-    named = _parameters(adapter)
-    missing = [name for name, parameter in named if id(parameter) not in held]
-    if missing:
-        raise TooLateError(
-            f"The optimizer does not hold {len(missing)} of the {len(named)} trainable parameters of the adapter "
-            f"{adapter.name!r}, {missing[0]} for one: they would never be trained. {WAYS_OUT}"
-        )
-
-
-def _parameters(adapter: Adapter) -> list[tuple[str, Any]]:
-    return [
-        (f"{name}.{key}", parameter)
-        for name, layer in adapter.layers.items()
-        for key, parameter in adapter.parameters(layer)
-        if parameter.requires_grad
-    ]

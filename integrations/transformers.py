@@ -12,9 +12,9 @@ from transformers import Trainer, TrainerCallback
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import TooLateError
+from gelora_plugins.trainer_moment import HOW_TO_ATTACH, trainer_being_made
 
 from .selection import RankSelection
-from .trainer_moment import HOW_TO_ATTACH, trainer_being_made
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -15,7 +15,7 @@ import pytest
 import gelora_plugins
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("cli", "compare", "dimension", "probe", "ranks", "report")
+ROOMS = ("cli", "compare", "dimension", "methods", "probe", "ranks", "report")
 
 
 def name_of(path):
@@ -34,11 +34,12 @@ ARROWS = {
     "probe": "base",
     "dimension": "base",
     "ranks": "base probe dimension",
+    "methods": "base ranks",
     "report": "base dimension ranks",
-    "pipeline": "base probe dimension ranks report",
-    "compare": "base probe dimension ranks report pipeline",
-    "integrations": "base probe dimension ranks report pipeline",
-    "cli": "base probe dimension ranks report pipeline compare integrations",
+    "pipeline": "base probe dimension ranks methods report",
+    "compare": "base probe dimension ranks methods report pipeline",
+    "integrations": "base probe dimension ranks methods report pipeline",
+    "cli": "base probe dimension ranks methods report pipeline compare integrations",
 }
 WHOLE_ARROW = {"pipeline", "sensitivity", "builtin"}  # modules of no folder that see the rooms
 HEAVY = {"torch", "transformers", "peft", "trl", "axolotl", "numpy"}
