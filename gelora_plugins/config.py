@@ -1,5 +1,6 @@
 """GeLoRAConfig: the one definition of every option. Standard library only."""
 
+import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -105,6 +106,13 @@ class GeLoRAConfig:
             "the ranks, `uniform` uses your own `r` everywhere, `raise` stops."
         },
     )
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the adapter is trained, and with which options, as in `flat_lora sigma=0.1`; LoRA as it is if "
+            "not given. See docs/methods."
+        },
+    )
     plan: str | None = field(
         default=None, metadata={"help": "Path of a saved plan. Its ranks are used and nothing is measured."}
     )
@@ -147,6 +155,8 @@ class GeLoRAConfig:
             raise ConfigError(f"target_std_error is {target!r:.80}; expected a positive number, or nothing.")
         if self.plan is not None and not isinstance(self.plan, str):
             raise ConfigError(f"plan is {self.plan!r}; expected the path of a saved plan, as a string.")
+        if self.method is not None and not isinstance(self.method, str):
+            raise ConfigError(f"method is {self.method!r}; expected a name, and options after it, as a string.")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], *, where: str = "gelora") -> Self:
@@ -163,6 +173,8 @@ class GeLoRAConfig:
                 near = get_close_matches(str(name), known, n=1)
                 hint = f"Did you mean {where}.{near[0]}? " if near else ""
                 raise ConfigError(f"{where}.{name} is not an option. {hint}The options are: {', '.join(known)}.")
+        if isinstance(options.get("method"), dict):
+            options = {**options, "method": _words(options["method"], where)}
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,5 +183,15 @@ class GeLoRAConfig:
 
     def measured(self) -> dict[str, Any]:
         """The options that the ranks follow, for the record: all but those on how, and whether, to get at them."""
-        how = ("plan", "on_failure", "probe_batch_size", "feature_storage")
+        how = ("method", "plan", "on_failure", "probe_batch_size", "feature_storage")
         return {name: value for name, value in self.to_dict().items() if name not in how}
+
+
+def _words(method: dict[str, Any], where: str) -> str:
+    """ "flat_lora sigma=0.1" of {name: flat_lora, sigma: 0.1}."""
+    options = dict(method)
+    words = [str(options.pop("name", ""))]
+    words += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
+    if any(len(word.split()) != 1 for word in words):
+        raise ConfigError(f"{where}.method is {method!r}; expected a mapping of `name` and the method's options.")
+    return " ".join(words)

@@ -159,8 +159,8 @@ def read_section(cfg: Mapping[str, Any]) -> GeLoRAConfig:
     """The options in the `gelora` section of an Axolotl configuration.
 
     Raises:
-        ConfigError: an option does not exist, has a bad value, or names an estimator, pooling or policy that does
-            not exist; the message begins with `gelora.<option>`.
+        ConfigError: an option does not exist, has a bad value, or names an estimator, pooling, policy or method
+            that does not exist; the message begins with `gelora.<option>`.
     """
     from gelora_plugins import plugins
 
@@ -169,6 +169,10 @@ def read_section(cfg: Mapping[str, Any]) -> GeLoRAConfig:
         config = GeLoRAConfig.from_dict({} if section is None else section, where=SECTION)
         for kind in ("policy", "estimator", "pooling"):
             plugins.find(kind, getattr(config, kind))
+        if config.method is not None:
+            from gelora_plugins.methods.by_name import make_method  # loads torch
+
+            make_method(config.method)
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(SECTION) else f"{SECTION}.{message}") from None

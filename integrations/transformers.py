@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import TooLateError
+from gelora_plugins.methods.by_name import make_method
 from gelora_plugins.trainer_moment import HOW_TO_ATTACH, trainer_being_made
 
 from .selection import RankSelection
@@ -60,6 +61,12 @@ def prepare_trainer(
 
     That is before the checkpoint is loaded, the optimizer made and the model wrapped, knows whether training
     resumes, and costs a run that only evaluates nothing. On resume the checkpoint's ranks are restored instead. At the
-    first step the adapter is compared with the plan, and must be in the optimizer: see `TrainingCheck`.
+    first step the adapter is compared with the plan, and must be in the optimizer: see `TrainingCheck`. The method that
+    `config` names is added to the callbacks.
     """
-    return RankSelection(trainer, config or GeLoRAConfig(), lora_config)
+    config = config or GeLoRAConfig()
+    if config.method is not None:
+        method = make_method(config.method)
+        trainer.add_callback(method)
+        method.attach(trainer)
+    return RankSelection(trainer, config, lora_config)

@@ -13,6 +13,7 @@ from trl.scripts.utils import DatasetConfig
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, GeLoRAError
+from gelora_plugins.methods.by_name import make_method
 from gelora_plugins.mistakes import reason
 from gelora_plugins.probe.formats import format_of, load_rows
 
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"The arguments, or the file of --config, cannot be used: {reason(error)}") from error
     if not model_args.use_peft:
         raise ConfigError("GeLoRA chooses the ranks of a LoRA adapter, and there will be none. Add --use_peft.")
+    if config.method is not None:
+        make_method(config.method)  # refused before a model is loaded
     name = script_args.dataset_name
     kind = format_of(Path(name)) if name and not dataset_args.datasets and Path(name).is_file() else None
     if kind is not None:

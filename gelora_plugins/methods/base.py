@@ -108,7 +108,9 @@ class TrainingMethod(TrainerCallback):  # type: ignore[misc]
     # What stands once for all.
 
     def attach(self, trainer: Trainer) -> None:
-        """Act in the trainings of `trainer`, which must have this callback."""
+        """Act in the trainings of `trainer`, which must have this callback. A second time does nothing."""
+        if self._trainer is not None and self._trainer() is trainer:
+            return
         others = [c for c in trainer.callback_handler.callbacks if isinstance(c, TrainingMethod) and c is not self]
         clash = next((c for c in others if not (c.goes_with_others or self.goes_with_others)), None)
         if clash is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +45,3 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def as_text(section: Mapping[str, Any] | str) -> str:
-    """What `make_method` reads, of a mapping such as {name: flat_lora, sigma: 0.05}.
-
-    Raises:
-        ConfigError: the mapping has no name, or a value that is not a number, a word, true, false or null.
-    """
-    if isinstance(section, str):
-        return section
-    options = dict(section)
-    name = options.pop("name", None)
-    words = [str(name), *(f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in options.items())]
-    if not isinstance(name, str) or any(len(word.split()) != 1 for word in words):
-        raise ConfigError(f"method is {section!r}; expected a name, or a mapping of `name` and the method's options.")
-    return " ".join(words)
