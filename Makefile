@@ -38,7 +38,7 @@ test-perturbed: environment
 # neighbours, and the picture of score against rate. What comes out is checked against the record, if there is one.
 compare-small: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python benchmarks/compare_tasks.py docstrings --train-rows 120 --plans budget \
-	  --methods plan,uniform --jobs $(CORES) --output compare-small
+	  --allocations plan,uniform --methods lora --jobs $(CORES) --output compare-small
 	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python benchmarks/compare_check.py compare-small; fi
 
 # Which changes of the engine's code no test notices (about two hours); the answer is in benchmarks/results/mutants.json.

@@ -22,20 +22,20 @@ from gelora_plugins.compare.run import compare, default_plans, planned
 from gelora_plugins.compare.task import Task
 from gelora_plugins.demo import smollm2
 
-METHODS = ("plan", "uniform", "permuted")
+ARMS: dict[str, Any] = {"allocations": ("plan", "uniform", "permuted"), "methods": ("lora",)}
 # Rates, epochs and batches with which uniform rank 8 learned in trials that were scored on training rows. What learned
 # little in a minute (CoLA, RTE) is kept small, and so is what takes a minute for few rows (SmolLM2). But for SST-2 one
 # rate is given to all methods: a rate that is chosen with few seeds can pass for a difference between them.
-SMALL = replace(MINILM, methods=METHODS, rates=(1e-3,), batch_size=8)
-LARGE = replace(SMOLLM2, methods=METHODS, rates=(3e-3,))
+SMALL = replace(MINILM, **ARMS, rates=(1e-3,), batch_size=8)
+LARGE = replace(SMOLLM2, **ARMS, rates=(3e-3,))
 TASKS: dict[str, tuple[Settings, dict[str, Any]]] = {
     "cola": (replace(SMALL, rows_per_seed=2000, epochs=4), {}),
     "mrpc": (replace(SMALL, rows_per_seed=600, epochs=4), {}),
     "rte": (replace(SMALL, rows_per_seed=400), {}),
     "stsb": (replace(SMALL, rows_per_seed=1500, epochs=5), {}),
     "stsb_lower_rate": (replace(SMALL, rows_per_seed=1500, epochs=5, rates=(5e-4,)), {}),
-    "sst2": (replace(MINILM, methods=METHODS, rates=(1e-3, 3e-3), rate_seeds=3, rows_per_seed=600, seeds=10), {}),
-    "sst2_held_out": (replace(MINILM, methods=METHODS, rates=(1e-3,), rows_per_seed=600, seeds=10), {}),
+    "sst2": (replace(MINILM, **ARMS, rates=(1e-3, 3e-3), rate_seeds=3, rows_per_seed=600, seeds=10), {}),
+    "sst2_held_out": (replace(MINILM, **ARMS, rates=(1e-3,), rows_per_seed=600, seeds=10), {}),
     "gsm8k": (replace(LARGE, rows_per_seed=64), {"test_rows": 30}),
     "dolly_open_qa": (replace(LARGE, rows_per_seed=96), {"test_rows": 40}),
 }

@@ -83,7 +83,7 @@ def main() -> None:
     output = options.output or RESULTS / "compare-readings"
     for name in options.tasks:
         model, task, settings = task_and_settings(name, options.data)
-        settings = replace(chosen(options, settings), methods=("plan", "uniform", "permuted"))
+        settings = replace(chosen(options, settings), allocations=("plan", "uniform", "permuted"), methods=("lora",))
         plans = plans_of(Bench(model, task, settings, output / task.name), options.only)
         print({reading: plan.ranks for reading, plan in plans.items()})
         found = compare(model, task, output, settings, plans=plans, jobs=options.jobs)

@@ -57,7 +57,7 @@ def main() -> None:
     output = options.output or RESULTS / "compare-sensitivity"
     for name in options.tasks:
         model, task, settings = task_and_settings(name, options.data)
-        settings = replace(chosen(options, settings), methods=("plan", "uniform"))
+        settings = replace(chosen(options, settings), allocations=("plan", "uniform"), methods=("lora",))
         plans = plans_of(Bench(model, task, settings, output / task.name))
         found = compare(model, task, output, settings, plans=plans, keep_alpha=[ONE_ALPHA], jobs=options.jobs)
         found.write(output)

@@ -39,7 +39,8 @@ SMOLLM2 = Settings(
     epochs=1,
     batch_size=8,
     grid=(1, 2, 8),
-    methods=("plan", "uniform", "permuted", "grid"),
+    allocations=("plan", "uniform", "permuted", "grid"),
+    methods=("lora",),
     bf16=BF16,
 )
 EPOCHS = {"cola": 5, "stsb": 5}  # MiniLM learns nothing of them in 3
@@ -131,7 +132,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--train-rows", type=int, help="how many of the training rows to take")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--plans", default="published,budget", help="which of GeLoRA's plans, with commas")
-    parser.add_argument("--methods", help="which of the methods, with commas")
+    parser.add_argument("--allocations", help="which allocations of ranks, with commas")
+    parser.add_argument("--methods", help="how they are trained, with commas")
     parser.add_argument("--grid", help="uniform ranks, with commas")
     parser.add_argument("--output", type=Path)
     return parser
@@ -140,8 +142,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def chosen(options: argparse.Namespace, settings: Settings) -> Settings:
     """The settings of a task with what the command line says otherwise."""
     settings = replace(settings, seeds=options.seeds, rate_seeds=options.rate_seeds, head_rate=options.head_rate)
-    if options.methods:
-        settings = replace(settings, methods=tuple(options.methods.split(",")))
+    for axis in ("allocations", "methods"):
+        if getattr(options, axis):
+            settings = replace(settings, **{axis: tuple(getattr(options, axis).split(","))})
     if options.rates:
         settings = replace(settings, rates=tuple(map(float, options.rates.split(","))))
     if options.grid:

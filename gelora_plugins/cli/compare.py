@@ -25,7 +25,12 @@ def compare(
     ] = None,
     metric: Annotated[str, typer.Option(help="accuracy, mcc, f1, spearman or loss; the task's usual one.")] = "",
     plan: Annotated[list[Path] | None, typer.Option(help="Saved plans to compare, instead of GeLoRA's.")] = None,
-    methods: Annotated[str, typer.Option(help="Which of them, with commas; all if not given.")] = "",
+    allocations: Annotated[
+        str, typer.Option(help="Which ranks, with commas: plan, uniform, permuted, reversed, grid, rate_only.")
+    ] = "plan,uniform,permuted,reversed,grid",
+    methods: Annotated[
+        str, typer.Option(help="How they are trained, with commas: lora, eva, adalora, full, 'flat_lora sigma=0.1' ...")
+    ] = "lora,eva,adalora,full",
     rank: Annotated[int, typer.Option(help="Your own r: the budget.")] = 8,
     alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
     target_modules: Annotated[
@@ -54,18 +59,16 @@ def compare(
     ] = 0.0,
     jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
 ) -> None:
-    """Compare: GeLoRA, uniform, permuted, EVA, AdaLoRA at equal parameters, on your model and data."""
+    """Compare: allocations of ranks, and ways of training them, at equal parameters, on your model and data."""
     from dataclasses import replace
 
-    from gelora_plugins.compare.allocations import METHODS
     from gelora_plugins.compare.bench import Settings
     from gelora_plugins.compare.run import compare as run
     from gelora_plugins.compare.task import load_task
     from gelora_plugins.ranks.plan import RankPlan
 
-    settings = Settings(
-        rank, alpha, target_modules, listed(methods, str) or METHODS, listed(grid, int), seeds, listed(rates, float)
-    )
+    settings = Settings(rank, alpha, target_modules, listed(allocations, str), listed(methods, str))
+    settings = replace(settings, grid=listed(grid, int), seeds=seeds, rates=listed(rates, float))
     settings = replace(settings, rate_seeds=rate_seeds, head_rate=head_rate, rows_per_seed=rows_per_seed, epochs=epochs)
     settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16)
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}

@@ -1,19 +1,26 @@
-"""What is compared: rows of methods that cost the same number of LoRA parameters. Integers; no model, no torch."""
+"""What is compared: groups of arms at equal LoRA parameters. An arm is an allocation of ranks, and a training method.
+
+Integers and names; no model, no torch.
+"""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gelora_plugins.errors import ConfigError, PlanError
 from gelora_plugins.ranks.plan import RankPlan, Site
 
-TOLERANCE = 0.01  # LoRA parameters of the methods of a row may differ by this share, and no more
+TOLERANCE = 0.01  # LoRA parameters of the arms of a group may differ by this share, and no more
 GRID = "uniform r = "
-METHODS = ("plan", "uniform", "permuted", "reversed", "eva", "adalora", "grid", "full")
+OF_A_PLAN = ("plan", "permuted", "reversed", "rate_only")
+ALLOCATIONS = ("plan", "uniform", "permuted", "reversed", "grid", "rate_only")
+USUAL = ALLOCATIONS[:-1]
+METHODS = ("lora", "eva", "adalora", "full")
+OWN_RANKS = ("eva", "adalora")  # methods that choose ranks themselves
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,13 @@ class Recipe:
     """What one training run adapts, and how; with a seed and a learning rate it is a run.
 
     Attributes:
-        kind: "lora", "eva", "adalora" or "full".
-        ranks: one per site for "lora", else empty.
+        kind: "lora", "eva", "adalora", "full", or a training method with its options, as in "flat_lora sigma=0.1".
+        ranks: one per site, at the end; empty for "eva", "adalora" and "full".
         budget: sum of the ranks over all target modules for "eva" and "adalora", else 0.
         keep_alpha: whether lora_alpha is the same everywhere, so that the scaling falls with the rank; else the
             scaling is the same everywhere.
-        parameters: LoRA parameters, heads not counted; for "full" all parameters.
+        parameters: LoRA parameters at the end, heads not counted; for "full" all parameters.
+        scalings: one per site, by how much its scaling is larger than that of the settings; empty: nowhere.
     """
 
     kind: str
@@ -34,58 +42,59 @@ class Recipe:
     ranks: tuple[int, ...] = ()
     budget: int = 0
     keep_alpha: bool = False
+    scalings: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values."""
-        return asdict(self)
+        """JSON-able values. Runs are told by them, so those of a recipe of before have none that came later."""
+        return {name: value for name, value in asdict(self).items() if name != "scalings" or value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Inverse of `to_dict`."""
-        return cls(**{**data, "ranks": tuple(data["ranks"])})
+        return cls(**{**data, "ranks": tuple(data["ranks"]), "scalings": tuple(data.get("scalings", ()))})
 
 
 @dataclass(frozen=True)
-class Method:
+class Arm:
     """A name, and what it trains: seed number s trains `recipes[s % len(recipes)]`; more than one for "permuted"."""
 
     name: str
     recipes: tuple[Recipe, ...]
 
     def recipe(self, seed: int) -> Recipe:
-        """What this method trains with `seed`."""
+        """What this arm trains with `seed`."""
         return self.recipes[seed % len(self.recipes)]
 
 
 @dataclass(frozen=True)
-class Row:
-    """Methods at equal LoRA parameters.
+class Group:
+    """Arms at equal LoRA parameters. In records it is a row, and its arms are methods.
 
     Raises:
-        PlanError: two methods differ by 1 % or more.
+        PlanError: two arms differ by 1 % or more.
     """
 
     name: str
-    methods: tuple[Method, ...]
+    arms: tuple[Arm, ...]
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [method.name for method in self.methods]
+        names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
-            raise PlanError(f"Two methods of {self.name!r} have one name: {', '.join(names)}. Name the plan otherwise.")
-        costs = {method.name: recipe.parameters for method in self.methods for recipe in method.recipes}
+            raise PlanError(f"Two arms of {self.name!r} have one name: {', '.join(names)}. Name the plan otherwise.")
+        costs = {arm.name: recipe.parameters for arm in self.arms for recipe in arm.recipes}
         least, most = min(costs, key=lambda name: costs[name]), max(costs, key=lambda name: costs[name])
         if costs[most] - costs[least] >= TOLERANCE * costs[least]:
             raise PlanError(
-                f"The methods of {self.name!r} are not at equal parameters: {least} has {costs[least]:,} and {most} "
+                f"The arms of {self.name!r} are not at equal parameters: {least} has {costs[least]:,} and {most} "
                 f"{costs[most]:,}; expected less than {TOLERANCE:.0%} between them. Adapt target modules of one size, "
                 "or leave out the method."
             )
 
     @property
     def parameters(self) -> int:
-        """LoRA parameters of the first method."""
-        return self.methods[0].recipes[0].parameters
+        """LoRA parameters of the first arm."""
+        return self.arms[0].recipes[0].parameters
 
 
 def lora(ranks: Sequence[int], sites: Sequence[Site], *, keep_alpha: bool = False) -> Recipe:
@@ -149,56 +158,90 @@ def _within_equal_cost(
     return tuple(result)
 
 
-def plan_row(
+def plan_group(
     name: str,
     plan: RankPlan,
+    allocations: Sequence[str],
     methods: Sequence[str],
     permutations: int,
     adaptive: Mapping[str, Recipe] | None = None,
     *,
     keep_alpha: bool = False,
-) -> Row:
-    """The plan and its controls at its own cost: uniform, permuted, reversed, and what `adaptive` holds.
+) -> Group:
+    """The plan and its controls at its own cost, each trained by each method, and what `adaptive` holds.
 
     Args:
-        name: of the row; the plan's method has the same name.
-        methods: which of METHODS to take.
+        name: of the group, and of the plan as an allocation.
+        allocations: which of ALLOCATIONS to take.
+        methods: how each of them is trained: "lora" and others that take ranks as they are given.
         permutations: how many other orders; seed number s trains the s-th of them.
-        adaptive: EVA and AdaLoRA at the cost of this plan.
+        adaptive: methods that choose ranks themselves, at the cost of this plan.
         keep_alpha: see `Recipe`; for the plan and its orders, not for uniform.
 
     Raises:
-        ConfigError: the plan is called as a method is, so that the two could not be told apart where runs are read.
+        ConfigError: the plan is called as an arm is, so that the two could not be told apart where runs are read.
     """
-    if name in METHODS[1:] or name.startswith(GRID):
+    if name in {*ALLOCATIONS[1:], *METHODS, *methods, *(adaptive or {})} or name.startswith(GRID):
         raise ConfigError(
-            f"A plan is called {name!r}, as a method of the comparison is. Give its file, which names it, another name."
+            f"A plan is called {name!r}, as an arm of the comparison is. Give its file, which names it, another name."
         )
     sites, notes = plan.sites, []
-    found = [Method(name, (lora(plan.ranks, sites, keep_alpha=keep_alpha),))]
-    if "uniform" in methods:
-        found.append(Method("uniform", (lora(spread(plan.num_parameters, sites), sites),)))
-    others = permuted(plan.ranks, sites, permutations) if "permuted" in methods else ()
+    found: dict[str, tuple[Recipe, ...]] = {}
+    uniform = lora(spread(plan.num_parameters, sites), sites)
+    if "plan" in allocations:
+        found[name] = (lora(plan.ranks, sites, keep_alpha=keep_alpha),)
+    if "uniform" in allocations:
+        found["uniform"] = (uniform,)
+    others = permuted(plan.ranks, sites, permutations) if "permuted" in allocations else ()
     if others:
-        found.append(Method("permuted", tuple(lora(ranks, sites, keep_alpha=keep_alpha) for ranks in others)))
-    elif "permuted" in methods:
+        found["permuted"] = tuple(lora(ranks, sites, keep_alpha=keep_alpha) for ranks in others)
+    elif "permuted" in allocations:
         notes.append(f"{name}: the same rank at every block, so there is nothing to permute.")
     backwards = reversed_order(plan.ranks, sites)
-    if "reversed" in methods and backwards != plan.ranks:
-        found.append(Method("reversed", (lora(backwards, sites, keep_alpha=keep_alpha),)))
-    elif "reversed" in methods and others:
+    if "reversed" in allocations and backwards != plan.ranks:
+        found["reversed"] = (lora(backwards, sites, keep_alpha=keep_alpha),)
+    elif "reversed" in allocations and others:
         notes.append(f"{name}: reads the same backwards, so there is nothing to reverse.")
-    found += [Method(kind, (recipe,)) for kind, recipe in (adaptive or {}).items() if kind in methods]
-    return Row(name, tuple(found), tuple(notes))
+    if "rate_only" in allocations:
+        scalings = tuple(rank / own for rank, own in zip(plan.ranks, uniform.ranks, strict=True))
+        found["rate_only"] = (replace(uniform, scalings=scalings),)
+    return Group(name, _arms(found, methods, adaptive), tuple(notes))
 
 
-def grid_rows(ranks: Sequence[int], sites: Sequence[Site]) -> tuple[Row, ...]:
-    """One row for each rank that a user would otherwise search."""
-    return tuple(Row(f"{GRID}{rank}", (Method("uniform", (lora([rank] * len(sites), sites),)),)) for rank in ranks)
+def rank_group(
+    rank: int, sites: Sequence[Site], methods: Sequence[str], adaptive: Mapping[str, Recipe] | None = None
+) -> Group:
+    """One rank everywhere, trained by each method, and what `adaptive` holds: where there is no plan to compare."""
+    return Group(f"r = {rank}", _arms({"uniform": (lora([rank] * len(sites), sites),)}, methods, adaptive))
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Raises ConfigError when one of `methods` does not exist."""
-    for method in methods:
-        if method not in METHODS:
-            raise ConfigError(f"There is no method {method!r}; expected some of: {', '.join(METHODS)}.")
+def _arms(
+    allocations: Mapping[str, tuple[Recipe, ...]], methods: Sequence[str], adaptive: Mapping[str, Recipe] | None
+) -> tuple[Arm, ...]:
+    found = [
+        Arm(arm_name(allocation, method), tuple(replace(recipe, kind=method) for recipe in recipes))
+        for method in methods
+        for allocation, recipes in allocations.items()
+    ]
+    return tuple(found) + tuple(Arm(kind, (recipe,)) for kind, recipe in (adaptive or {}).items())
+
+
+def arm_name(allocation: str, method: str) -> str:
+    """The allocation alone where LoRA trains it, the method alone where ranks are uniform."""
+    if method == "lora":
+        return allocation
+    return method if allocation == "uniform" else f"{method} on {allocation}"
+
+
+def grid_groups(ranks: Sequence[int], sites: Sequence[Site]) -> tuple[Group, ...]:
+    """One group for each rank that a user would otherwise search."""
+    return tuple(Group(f"{GRID}{rank}", (Arm("uniform", (lora([rank] * len(sites), sites),)),)) for rank in ranks)
+
+
+def check_allocations(names: Sequence[str]) -> None:
+    """Raises ConfigError when one of `names` does not exist, or there is none."""
+    for name in names:
+        if name not in ALLOCATIONS:
+            raise ConfigError(f"There is no allocation {name!r}; expected some of: {', '.join(ALLOCATIONS)}.")
+    if not names:
+        raise ConfigError(f"There are no allocations; expected some of: {', '.join(ALLOCATIONS)}.")

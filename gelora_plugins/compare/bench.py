@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from gelora_plugins.compare.allocations import METHODS, check_methods
+from gelora_plugins.compare.allocations import ALLOCATIONS, METHODS, USUAL, check_allocations
 from gelora_plugins.compare.record import digest
 from gelora_plugins.compare.task import Collator, Task, encode
 from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
 from gelora_plugins.layout import Linear, ModelLayout
+from gelora_plugins.methods.by_name import make_method
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.ranks.plan import Site, layout_sites, named
 from gelora_plugins.report.versions import versions
@@ -35,7 +36,10 @@ class Settings:
     Attributes:
         rank, lora_alpha: the user's own LoRA configuration: the budget, and the scaling of every method.
         target_modules: "all-linear" (of the blocks), or endings of module names with commas.
-        methods: which of METHODS take part.
+        allocations: which ranks: some of ALLOCATIONS.
+        methods: how they are trained: some of METHODS, and training methods that are registered, with options if
+            wanted, as in "flat_lora sigma=0.1". Each trains each allocation but the grid, except those that choose
+            ranks themselves.
         grid: the uniform ranks that a user would otherwise search.
         seeds: runs of each method; seed s fixes its head, its adapter, its data order and its rows.
         rows_per_seed: how many of the training rows each seed draws for itself, the same for every method; None: all,
@@ -56,6 +60,7 @@ class Settings:
     rank: int = 8
     lora_alpha: float = 16
     target_modules: str = "all-linear"
+    allocations: tuple[str, ...] = USUAL
     methods: tuple[str, ...] = METHODS
     grid: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     seeds: int = 5
@@ -70,7 +75,11 @@ class Settings:
     rows_per_seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_methods(self.methods)
+        check_allocations(self.allocations)
+        for method in self.methods:
+            _check_method(method)
+        if not self.methods:
+            raise ConfigError("There are no methods; expected at least lora.")
         for name in ("rank", "seeds", "rate_seeds", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected at least 1.")
@@ -235,6 +244,13 @@ class Bench:
 
     def _is_target(self, path: str) -> bool:
         return named(self.settings.target_modules)(path)
+
+
+def _check_method(text: str) -> None:
+    if text in ALLOCATIONS:
+        raise ConfigError(f"There is no method {text!r}: it is an allocation of ranks. Name it among those.")
+    if text not in METHODS:
+        make_method(text)
 
 
 def device() -> str:

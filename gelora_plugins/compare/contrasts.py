@@ -16,7 +16,7 @@ from gelora_plugins.compare.stats import (
     worst,
 )
 
-CONTROLS = ("uniform", "permuted", "reversed", "eva", "adalora")
+CONTROLS = ("uniform", "permuted", "reversed", "rate_only", "eva", "adalora")
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,17 @@ def _as_words(verdict: str, theirs: str) -> str:
 
 
 def contrasts_of(results: Sequence[Result], margins: Mapping[str, float]) -> Iterator[Contrast]:
-    """The plan against each control, and each control against uniform; the p values corrected over the tasks."""
+    """The plan against each control, each other arm against uniform, and a method on a plan against the plan.
+
+    The p values are corrected over the tasks.
+    """
     found: dict[tuple[str, str, str], list[tuple[str, Difference]]] = {}
     at = {(result.task, result.row, result.method): result for result in results}
     for task, row in dict.fromkeys((result.task, result.row) for result in results):
         pairs = [(row, control) for control in CONTROLS]
-        pairs += [(control, "uniform") for control in CONTROLS if control != "uniform"]
+        arms = [arm for of_task, of_row, arm in at if (of_task, of_row) == (task, row)]
+        pairs += [(arm, "uniform") for arm in arms if arm not in (row, "uniform")]
+        pairs += [(arm, row) for arm in arms if arm.endswith(f" on {row}")]
         for ours, theirs in pairs:
             if (task, row, ours) in at and (task, row, theirs) in at:
                 found.setdefault((row, ours, theirs), []).append(

@@ -14,12 +14,23 @@ import torch
 from tqdm.auto import tqdm
 
 from gelora_plugins import json_files
-from gelora_plugins.compare.allocations import Method, Recipe, Row, grid_rows, lora, plan_row
+from gelora_plugins.compare.allocations import (
+    OF_A_PLAN,
+    OWN_RANKS,
+    TOLERANCE,
+    Arm,
+    Group,
+    Recipe,
+    grid_groups,
+    lora,
+    plan_group,
+    rank_group,
+)
 from gelora_plugins.compare.bench import Bench, Settings
 from gelora_plugins.compare.record import Record, Run, digest, locked, made_of
 from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task, check_name
-from gelora_plugins.compare.train import attempt, measure_eva
+from gelora_plugins.compare.train import attempt, first_parameters, measure_eva
 from gelora_plugins.compare.tuning import Search, Trial, head_search, judge, search_all, search_to_dict
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.profile import DimensionProfile
@@ -55,7 +66,8 @@ def compare(
         output: folder of one comparison; several tasks may share it.
         settings: how every method is trained.
         config: options of the probe, for the default plans.
-        plans: allocations to compare, each in a row of its own with its controls. Default: `default_plans`.
+        plans: to compare, each in a group of its own with its controls. Default: `default_plans`; none are made where
+            no allocation of the settings follows a plan.
         keep_alpha: names of plans that are trained with one lora_alpha instead of one scaling.
         jobs: processes that train at the same time, each with its share of the cores.
 
@@ -63,7 +75,7 @@ def compare(
         The comparison of all tasks in `output`. What failed, diverged or is not finished is in its `gaps`.
 
     Raises:
-        PlanError: methods of a row are not at equal parameters, runs.jsonl is damaged, or the folder of the task holds
+        PlanError: arms of a group are not at equal parameters, runs.jsonl is damaged, or the folder of the task holds
             a comparison of another model or of other rows.
         WriteError: another process is at work in the folder of the task, or it cannot be written to.
         GeLoRAError: the task, the model or an option cannot be used.
@@ -72,10 +84,12 @@ def compare(
     bench = Bench(model, task, settings, Path(output) / task.name)
     with locked(bench.folder):
         _check_same_task(bench)
-        if plans is None:
+        if not set(OF_A_PLAN) & set(bench.settings.allocations):
+            plans = {}
+        elif plans is None:
             plans = default_plans(bench, config or GeLoRAConfig(), progress=progress)
-        rows, facts = design(bench, plans, frozenset(keep_alpha))
-        _train(bench, rows, facts, Trainers(bench, jobs), progress)
+        groups, facts = design(bench, plans, frozenset(keep_alpha))
+        _train(bench, groups, facts, Trainers(bench, jobs), progress)
     return Comparison.read(output)
 
 
@@ -99,7 +113,7 @@ def _short(model: str) -> str:
     return "/".join(Path(model).parts[-2:])
 
 
-def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers: Trainers, progress: bool) -> None:
+def _train(bench: Bench, groups: Sequence[Group], facts: Mapping[str, Any], workers: Trainers, progress: bool) -> None:
     """Make the runs that choose the rates, then those for the result; write down what is compared."""
     task, settings = bench.task, bench.settings
     record = Record(bench.folder / "runs.jsonl", bench.identity)
@@ -114,10 +128,10 @@ def _train(bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], workers:
     with tqdm(total=0, desc=task.name, unit="run", disable=not progress) as bar:
         head_rate, head = _head(bench, record, workers, bar)
         facts = {**facts, "head": head}
-        trials = _trials(rows, settings, head_rate, record, workers, bar)
-        json_files.write_json(path, _experiment(bench, rows, facts, trials, record))
+        trials = _trials(groups, settings, head_rate, record, workers, bar)
+        json_files.write_json(path, _experiment(bench, groups, facts, trials, record))
         judge(trials, settings.seeds, record, workers, bar)
-        json_files.write_json(path, _experiment(bench, rows, facts, trials, record))
+        json_files.write_json(path, _experiment(bench, groups, facts, trials, record))
 
 
 def _head(bench: Bench, record: Record, workers: Trainers, bar: Any) -> tuple[float | None, dict[str, Any] | None]:
@@ -136,21 +150,19 @@ def _head(bench: Bench, record: Record, workers: Trainers, bar: Any) -> tuple[fl
 
 
 def _trials(
-    rows: Sequence[Row], settings: Settings, head_rate: float | None, record: Record, workers: Trainers, bar: Any
+    groups: Sequence[Group], settings: Settings, head_rate: float | None, record: Record, workers: Trainers, bar: Any
 ) -> list[Trial]:
-    """Every method of every row with its rate."""
-    pairs = [(row.name, method) for row in rows for method in row.methods]
+    """Every arm of every group with its rate."""
+    pairs = [(group.name, arm) for group in groups for arm in group.arms]
     if len(settings.rates) == 1:
-        return [Trial(row, method, head_rate, None, None, settings.rates[0]) for row, method in pairs]
-    first = [
-        Run(row, method.name, method.recipes[0], 0, 0.0, choosing=True, head_rate=head_rate) for row, method in pairs
-    ]
+        return [Trial(group, arm, head_rate, None, None, settings.rates[0]) for group, arm in pairs]
+    first = [Run(group, arm.name, arm.recipes[0], 0, 0.0, choosing=True, head_rate=head_rate) for group, arm in pairs]
     searches = [Search(made, settings.rates, settings.rate_seeds) for made in first]
     search_all(searches, record, workers, bar)
     trials = []
-    for (row, method), search in zip(pairs, searches, strict=True):
+    for (group, arm), search in zip(pairs, searches, strict=True):
         choice = search.choice(record)
-        trials.append(Trial(row, method, head_rate, search, choice, None if choice is None else choice.rate))
+        trials.append(Trial(group, arm, head_rate, search, choice, None if choice is None else choice.rate))
     return trials
 
 
@@ -182,58 +194,85 @@ def measured(bench: Bench, config: GeLoRAConfig, *, progress: bool = True) -> Di
 
 def design(
     bench: Bench, plans: Mapping[str, RankPlan], keep_alpha: frozenset[str] = frozenset()
-) -> tuple[tuple[Row, ...], dict[str, Any]]:
-    """The rows of a comparison, and facts for its report: what each preparation took, EVA's ranks, what is left out.
+) -> tuple[tuple[Group, ...], dict[str, Any]]:
+    """The groups of a comparison, and facts for its report: seconds of each preparation, EVA's ranks, what is left out.
 
     Raises:
-        ConfigError: a plan has a name that cannot be told from a method's, or cannot be shown.
-        PlanError: methods of a row are not at equal parameters.
+        ConfigError: a plan has a name that cannot be told from an arm's, or cannot be shown.
+        PlanError: arms of a group are not at equal parameters.
     """
     for name in plans:
         check_name(name, "plan")
     settings, notes = bench.settings, bench.notes
-    rows, seconds, eva = [], {}, {}
-    one_size = len({linear.in_features + linear.out_features for linear in bench.targets.values()}) == 1
-    if "adalora" in settings.methods and not one_size:
-        notes.append(
-            "AdaLoRA is left out: it spends ranks, and here a rank costs more in some target modules than in others, "
-            "so what it will cost is not known before it is trained. Name target modules of one size to have it."
-        )
-    for name, plan in plans.items():
+    groups: list[Group] = []
+    seconds: dict[str, float] = {}
+    eva: dict[str, Any] = {}
+    methods = [m for m in settings.methods if m not in (*OWN_RANKS, "full")]
+    totals = {name: plan.num_parameters for name, plan in plans.items()}
+    if not plans and "uniform" in settings.allocations:
+        totals[f"r = {settings.rank}"] = lora([settings.rank] * len(bench.sites), bench.sites).parameters
+    for name, total in totals.items():
+        adaptive = _adaptive(bench, name, total, seconds, eva, notes)
+        if name not in plans:
+            groups.append(rank_group(settings.rank, bench.sites, methods, adaptive))
+            continue
+        plan = plans[name]
         plan.check_sites(bench.sites)
         seconds[name] = plan.profile.seconds
-        adaptive = {}
-        if "eva" in settings.methods:
-            try:
-                adaptive["eva"], eva[name], seconds[f"{name}/eva"] = measure_eva(bench, plan.num_parameters)
-            except PlanError as error:
-                notes.append(f"{name}: EVA is left out. {error}")
-        if "adalora" in settings.methods and one_size:
-            cost = next(iter(bench.targets.values()))
-            per_rank = cost.in_features + cost.out_features
-            budget = plan.num_parameters // per_rank
-            adaptive["adalora"] = Recipe("adalora", budget * per_rank, budget=budget)
-            notes.append(f"{name}: AdaLoRA trains with 1.5 times these parameters at first, and ends with as many.")
-        row = plan_row(name, plan, settings.methods, settings.seeds, adaptive, keep_alpha=name in keep_alpha)
-        rows.append(row)
-        notes += row.notes
-    if "grid" in settings.methods:
-        rows += grid_rows(settings.grid, bench.sites)
+        keep = name in keep_alpha
+        groups.append(plan_group(name, plan, settings.allocations, methods, settings.seeds, adaptive, keep_alpha=keep))
+    for group in groups:
+        notes += [*group.notes, *_larger_at_first(bench, group)]
+    if "grid" in settings.allocations and "lora" in methods:
+        groups += grid_groups(settings.grid, bench.sites)
     if "full" in settings.methods:
         free = _free_memory()
         if free is None or BYTES_PER_TRAINED * bench.num_parameters < free:
-            rows.append(Row("full", (Method("full", (Recipe("full", bench.num_parameters),)),)))
+            groups.append(Group("full", (Arm("full", (Recipe("full", bench.num_parameters),)),)))
         else:
             notes.append(f"Full fine-tuning is left out: its {bench.num_parameters:,} parameters do not fit in memory.")
-    return tuple(rows), {"notes": notes, "seconds": seconds, "eva_ranks": eva}
+    return tuple(groups), {"notes": notes, "seconds": seconds, "eva_ranks": eva}
+
+
+def _adaptive(
+    bench: Bench, name: str, total: int, seconds: dict[str, float], eva: dict[str, Any], notes: list[str]
+) -> dict[str, Recipe]:
+    """The methods that choose ranks themselves, at `total` parameters; why one is left out goes to `notes`."""
+    found, methods = {}, bench.settings.methods
+    if "eva" in methods:
+        try:
+            found["eva"], eva[name], seconds[f"{name}/eva"] = measure_eva(bench, total)
+        except PlanError as error:
+            notes.append(f"{name}: EVA is left out. {error}")
+    if "adalora" in methods:
+        sizes = {linear.in_features + linear.out_features for linear in bench.targets.values()}
+        if len(sizes) == 1:
+            (per_rank,) = sizes
+            found["adalora"] = Recipe("adalora", total // per_rank * per_rank, budget=total // per_rank)
+            notes.append(f"{name}: AdaLoRA trains with 1.5 times these parameters at first, and ends with as many.")
+        else:
+            notes.append(
+                f"{name}: AdaLoRA is left out: it spends ranks, and here a rank costs more in some target modules than "
+                "in others, so what it will cost is not known before it is trained. Name target modules of one size."
+            )
+    return found
+
+
+def _larger_at_first(bench: Bench, group: Group) -> Iterator[str]:
+    """Which arms train more parameters than they end with."""
+    for arm in group.arms:
+        first = first_parameters(bench, arm.recipes[0])
+        if first > (1 + TOLERANCE) * arm.recipes[0].parameters:
+            share = first / arm.recipes[0].parameters
+            yield f"{group.name}: {arm.name} trains {share:.2g} times these parameters at first, and ends with as many."
 
 
 def _experiment(
-    bench: Bench, rows: Sequence[Row], facts: Mapping[str, Any], trials: Sequence[Trial], record: Record
+    bench: Bench, groups: Sequence[Group], facts: Mapping[str, Any], trials: Sequence[Trial], record: Record
 ) -> dict[str, Any]:
     """What `Comparison.read` needs beside the runs."""
     task, seeds = bench.task, bench.settings.seeds
-    methods = {row.name: [trial.to_dict(record, seeds) for trial in trials if trial.row == row.name] for row in rows}
+    methods = {g.name: [trial.to_dict(record, seeds) for trial in trials if trial.group == g.name] for g in groups}
     return {
         "schema": json_files.SCHEMA,
         "kind": "comparison",

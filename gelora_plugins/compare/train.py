@@ -8,6 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gelora_plugins.compare.allocations import TOLERANCE, Recipe
+from gelora_plugins.compare.allocations import METHODS, TOLERANCE, Recipe, lora
 from gelora_plugins.compare.bench import Bench, quiet
 from gelora_plugins.compare.record import Run
 from gelora_plugins.compare.scoring import constant_loss, evaluate
 from gelora_plugins.compare.task import split_fifth
 from gelora_plugins.errors import PlanError
+from gelora_plugins.methods.base import TrainingMethod
+from gelora_plugins.methods.by_name import make_method
 
 HEADS = ("classifier", "score")  # what PEFT 0.21 trains beside the adapter of a SEQ_CLS model
 RHO = 2.0  # EVA may give a module up to this many times its even share; the best value of its paper
@@ -68,9 +71,10 @@ def run(bench: Bench, made: Run) -> dict[str, Any]:
     rows, scored = split_fifth(drawn, made.seed % 5) if made.choosing else (drawn, bench.test)
     _reset_peak_memory()
     steps = total_steps(bench, len(drawn))
-    model = adapted(bench, recipe, made.seed, steps)
+    method, first = method_of(bench, recipe)
+    model = adapted(bench, replace(recipe, ranks=first), made.seed, steps)
     constant = _constant(bench, model, rows, scored)
-    seconds = fit(bench, model, made, rows, steps)
+    seconds = fit(bench, model, made, rows, steps, method)
     lora = _count(model, bench, recipe)
     if abs(lora - recipe.parameters) >= TOLERANCE * recipe.parameters:
         raise PlanError(f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned.")
@@ -99,8 +103,28 @@ def _constant(
     return _evaluate(bench, untrained, scored)[1] if kind == "causal-lm" else constant_loss(kind, rows, scored)
 
 
-def fit(bench: Bench, model: Any, made: Run, rows: Sequence[Mapping[str, Any]], steps: int) -> float:
+def method_of(bench: Bench, recipe: Recipe) -> tuple[TrainingMethod | None, tuple[int, ...]]:
+    """(the training method of a recipe, None where it is none of ours; the ranks that it begins with)."""
+    if recipe.kind in METHODS:
+        return None, recipe.ranks
+    return make_method(recipe.kind).planned(recipe.ranks, [site.parameters_per_rank for site in bench.sites])
+
+
+def first_parameters(bench: Bench, recipe: Recipe) -> int:
+    """LoRA parameters that a recipe begins with."""
+    return lora(method_of(bench, recipe)[1], bench.sites).parameters if recipe.ranks else recipe.parameters
+
+
+def fit(
+    bench: Bench,
+    model: Any,
+    made: Run,
+    rows: Sequence[Mapping[str, Any]],
+    steps: int,
+    method: TrainingMethod | None = None,
+) -> float:
     """Train `model` on encoded rows, see `run`; the seconds that it took."""
+    called = [_Allocate()] if made.recipe.kind == "adalora" else [] if method is None else [method]
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(bench, scratch, made.seed, made.rate, steps)
         trainer = Trainer(
@@ -108,7 +132,7 @@ def fit(bench: Bench, model: Any, made: Run, rows: Sequence[Mapping[str, Any]], 
             args=arguments,
             train_dataset=rows,
             data_collator=bench.collator,
-            callbacks=[_Allocate()] if made.recipe.kind == "adalora" else [],
+            callbacks=called,
             optimizers=(_optimizer(model, arguments, made.head_rate), None),
         )
         trainer.remove_callback(PrinterCallback)  # the bar of the comparison says enough
@@ -178,8 +202,12 @@ def adapted(bench: Bench, recipe: Recipe, seed: int, steps: int) -> Any:
     if recipe.kind == "eva":
         return _with_eva(bench, model, recipe.budget)
     ranks = {site.pattern: rank for site, rank in zip(bench.sites, recipe.ranks, strict=True)}
-    scaling = bench.settings.scaling
-    alphas = {} if recipe.keep_alpha else {pattern: rank * scaling for pattern, rank in ranks.items()}
+    factors = recipe.scalings or (1,) * len(recipe.ranks)
+    alphas = {
+        site.pattern: rank * bench.settings.scaling * factor
+        for site, rank, factor in zip(bench.sites, recipe.ranks, factors, strict=True)
+    }
+    alphas = {} if recipe.keep_alpha else alphas
     return get_peft_model(model, LoraConfig(**_common(bench), rank_pattern=ranks, alpha_pattern=alphas))
 
 

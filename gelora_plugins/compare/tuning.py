@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from gelora_plugins.compare.allocations import Method, Recipe
+from gelora_plugins.compare.allocations import Arm, Recipe
 from gelora_plugins.compare.bench import Settings
 from gelora_plugins.compare.rates import Choice, Found, choose, cliff_runs, next_runs
 from gelora_plugins.compare.record import Record, Run, Workers, diverged, excess
@@ -106,7 +106,7 @@ def head_search(settings: Settings, recipe: Recipe, record: Record, workers: Wor
 
 @dataclass
 class Trial:
-    """One method of a row: its search, and the rates at which the seeds that judge have run.
+    """One arm of a group: its search, and the rates at which the seeds that judge have run.
 
     Attributes:
         search: None where the rate is not chosen but taken.
@@ -114,8 +114,8 @@ class Trial:
         judged: all rates at which the seeds that judge run: that one, its neighbours, and lower ones that were tried.
     """
 
-    row: str
-    method: Method
+    group: str
+    arm: Arm
     head_rate: float | None
     search: Search | None
     choice: Choice | None
@@ -127,9 +127,9 @@ class Trial:
 
     def finals(self, rate: float, seeds: int) -> list[Run]:
         """The runs that judge at `rate`."""
-        name = self.method.name
+        name = self.arm.name
         return [
-            Run(self.row, name, self.method.recipe(seed), seed, rate, choosing=False, head_rate=self.head_rate)
+            Run(self.group, name, self.arm.recipe(seed), seed, rate, choosing=False, head_rate=self.head_rate)
             for seed in range(seeds)
         ]
 
@@ -148,9 +148,9 @@ class Trial:
         def keys(rate: float) -> list[str]:
             return [made.key(record.identity) for made in self.finals(rate, seeds)]
 
-        recipes, failures = self.method.recipes, record.failures
+        recipes, failures = self.arm.recipes, record.failures
         found = {
-            "name": self.method.name,
+            "name": self.arm.name,
             "recipes": [recipe.to_dict() for recipe in recipes],
             "rate": self.rate,
             "keys": [] if self.rate is None else keys(self.rate),

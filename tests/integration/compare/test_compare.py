@@ -18,12 +18,13 @@ from transformers import Trainer
 from gelora_plugins import cli
 from gelora_plugins.compare.allocations import Recipe, lora
 from gelora_plugins.compare.bench import Bench
-from gelora_plugins.compare.record import Run
+from gelora_plugins.compare.record import Run, read_lines
 from gelora_plugins.compare.run import compare
 from gelora_plugins.compare.task import Task
 from gelora_plugins.compare.train import adapted, attempt, fit, head_of, measure_eva, run
 from tests.support.comparing import SETTINGS, UNEVEN, compare_tiny, little_garbage, rows, save_model, tiny_task, uneven
 from tests.support.tiny import build
+from tests.support.training import layers
 
 quick = pytest.fixture(scope="module", autouse=True)(little_garbage)
 ONE_RATE = replace(SETTINGS, rates=(1e-2,), seeds=1)
@@ -57,6 +58,33 @@ def test_all_methods_of_a_row_are_trained_with_equal_parameters(bench: Bench, mo
     assert sum(ranks["eva"][0]) == pytest.approx(12)
     assert [result.row for result in found.results[6:]] == ["uniform r = 4", "full"]
     assert found.results[7].parameters == bench.num_parameters
+
+
+def test_training_methods_are_arms_and_rate_only_has_the_scalings_of_the_plan(
+    bench: Bench, model: str, tmp_path: Path
+) -> None:
+    axes = {"allocations": ("plan", "uniform", "rate_only"), "methods": ("lora", "flat_lora sigma=0", "flat_lora")}
+    found = compare_tiny(model, tmp_path, replace(ONE_RATE, **axes))
+    scores = {result.method: result.scores for result in found.results}
+    assert list(scores) == [
+        *("mine", "uniform", "rate_only"),
+        *("flat_lora sigma=0 on mine", "flat_lora sigma=0", "flat_lora sigma=0 on rate_only"),
+        *("flat_lora on mine", "flat_lora", "flat_lora on rate_only"),
+    ]
+    runs = {line["method"]: line["loss"] for line in read_lines(tmp_path / "tiny" / "runs.jsonl").values()}
+    assert runs["flat_lora sigma=0 on mine"] == runs["mine"] != runs["flat_lora on mine"]
+    assert len({result.parameters for result in found.results}) == 1
+    assert found.contrast("tiny", "mine", "flat_lora on mine", "mine").difference.seeds == 1
+    scaled = adapted(bench, replace(lora((4, 4, 4), bench.sites), scalings=(2.0, 1.0, 0.5)), 0, 3)
+    scalings = dict.fromkeys(layer.scaling["default"] for layer in layers(scaled).values())
+    assert list(scalings) == [bench.settings.scaling * factor for factor in (2, 1, 0.5)]
+
+
+def test_without_a_plan_methods_are_compared_at_the_own_rank(model: str, tmp_path: Path) -> None:
+    axes = {"allocations": ("uniform",), "methods": ("lora", "flat_lora")}
+    found = compare(model, tiny_task(), tmp_path, replace(ONE_RATE, **axes), progress=False)
+    assert [(result.row, result.method) for result in found.results] == [("r = 4", "uniform"), ("r = 4", "flat_lora")]
+    assert not list(tmp_path.glob("tiny/cache-*/profile-*")), "nothing was measured"
 
 
 def test_the_head_the_rows_and_their_order_are_the_seeds_and_not_the_methods(
@@ -156,7 +184,7 @@ def test_a_causal_model_has_no_head_and_is_trained_at_one_rate(tmp_path: Path) -
 
 
 def test_a_run_is_repeatable_here_and_in_processes_side_by_side(bench: Bench, model: str, tmp_path: Path) -> None:
-    settings = replace(ONE_RATE, methods=("plan",), seeds=2)
+    settings = replace(ONE_RATE, allocations=("plan",), methods=("lora",), seeds=2)
     plans = {"mine": uneven(bench)}
     compare(model, bench.task, tmp_path, settings, plans=plans, jobs=2, progress=False)
     # Sums are split among threads, so their rounding hangs on how many there are: each of two processes has half.
@@ -230,8 +258,8 @@ def test_the_command_line_compares_causal_language_models(
     build("llama").save_pretrained(tmp_path / "model")
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"input_ids": row["input_ids"]}) + "\n" for row in rows(90, 0)))
-    arguments = "--task causal-lm --name text --methods plan,uniform,eva --seeds 1 --rates 1e-2 --epochs 1 --rank 4"
-    arguments += " --rows-per-seed 40 --rate-seeds 2"
+    arguments = "--task causal-lm --name text --rank 4 --allocations plan,uniform --methods lora,eva"
+    arguments += " --seeds 1 --rates 1e-2 --epochs 1 --rows-per-seed 40 --rate-seeds 2"
     command = ["gelora", "compare", str(tmp_path / "model"), str(data), *arguments.split(), "-o", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as caught:
@@ -250,7 +278,7 @@ def test_a_causal_row_that_trains_on_nothing_is_in_no_batch_and_is_said(tmp_path
     build("llama").save_pretrained(tmp_path / "model")
     documents = [{"input_ids": row["input_ids"]} for row in rows(40, 0)]
     task = Task("text", "causal-lm", [*documents, {"input_ids": [5]}], documents[:10])
-    settings = replace(ONE_RATE, methods=("plan",), target_modules="all-linear")
+    settings = replace(ONE_RATE, allocations=("plan",), methods=("lora",), target_modules="all-linear")
     bench = Bench(str(tmp_path / "model"), task, settings, tmp_path / "text")
     found = compare(bench.model, task, tmp_path, settings, plans={"mine": uneven(bench)}, progress=False)
     assert len(found.results) == 1

@@ -22,7 +22,7 @@ from tests.support.exchangeable import OneSeesConfig, OneSeesModel, build_exchan
 
 quick = pytest.fixture(scope="module", autouse=True)(little_garbage)
 OUTPUTS = 16
-SETTINGS = Settings(rank=2, lora_alpha=16, methods=("plan", "permuted"), batch_size=40, seeds=3)
+SETTINGS = Settings(rank=2, lora_alpha=16, allocations=("plan", "permuted"), methods=("lora",), batch_size=40, seeds=3)
 
 
 def contrast(folder: Path, rows: list[dict[str, Any]], allocation: tuple[int, ...], settings: Settings) -> Comparison:

@@ -32,7 +32,7 @@ from tests.support.comparing import (
 )
 from tests.support.plans import make_plan
 
-CHOSEN = replace(SETTINGS, methods=("plan", "uniform", "permuted", "grid"))
+CHOSEN = replace(SETTINGS, allocations=("plan", "uniform", "permuted", "grid"), methods=("lora",))
 PLAIN = replace(CHOSEN, rates=(1e-3,))
 SCORES = {"mine": 0.8, "uniform": 0.7, "permuted": 0.6, "full": 0.9}
 LINES = 3 * 3  # mine, uniform (of the grid too), permuted: one for each seed
@@ -386,12 +386,19 @@ def test_usual_names_are_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "uniform", "eva", "grid", "uniform r = 8"])
-def test_a_plan_that_is_called_as_a_method_is_refused(name: str, model: str, tmp_path: Path, say: Say) -> None:
+def test_a_plan_that_is_called_as_an_arm_is_refused(name: str, model: str, tmp_path: Path, say: Say) -> None:
     asked = say(said(usual))
     bench = Bench(model, tiny_task(), PLAIN, tmp_path / "tiny")
     plans = {name: uneven(bench)}
-    with pytest.raises(ConfigError, match=f"A plan is called '{name}', as a method of the comparison is"):
-        compare(model, tiny_task(), tmp_path, replace(PLAIN, methods=("plan",)), plans=plans, progress=False)
+    with pytest.raises(ConfigError, match=f"A plan is called '{name}', as an arm of the comparison is"):
+        compare(
+            model,
+            tiny_task(),
+            tmp_path,
+            replace(PLAIN, allocations=("plan",), methods=("lora",)),
+            plans=plans,
+            progress=False,
+        )
     assert not asked
 
 
@@ -418,7 +425,8 @@ def save_plan(bench: Bench, path: Path) -> Path:
 
 
 def arguments_of(model: str, files: Path) -> tuple[object, ...]:
-    options = f"--task classification --methods plan,uniform --seeds 3 --rank 4 --alpha 8 -o {files / 'out'}"
+    options = f"--task classification --methods lora --seeds 3 --rank 4 --alpha 8 -o {files / 'out'}"
+    options += " --allocations plan,uniform"
     return (model, files / ".rows.jsonl", *options.split(), "--target-modules", SETTINGS.target_modules)
 
 

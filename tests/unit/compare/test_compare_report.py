@@ -12,7 +12,7 @@ from gelora_plugins.compare.record import Run
 from gelora_plugins.compare.summary import CAVEAT, CAVEAT_DRAWN, Comparison
 from tests.support.comparing import SETTINGS, compare_tiny, said, save_model, tiny_task, valley
 
-PLAIN = replace(SETTINGS, methods=("plan", "uniform", "permuted", "grid"), grid=(2, 8))
+PLAIN = replace(SETTINGS, allocations=("plan", "uniform", "permuted", "grid"), methods=("lora",), grid=(2, 8))
 MEANS = {"mine": 0.80, "uniform": 0.70, "permuted": 0.79}
 APART = {"mine": (0.0, 0.01, 0.02), "uniform": (0.0, 0.01, 0.02), "permuted": (-0.05, 0.06, -0.01)}
 

@@ -14,7 +14,7 @@ from gelora_plugins.compare.results import Result
 from gelora_plugins.compare.summary import Comparison
 from tests.support.comparing import SETTINGS, compare_tiny, result, save_model
 
-SEARCHED = replace(SETTINGS, methods=("plan", "uniform"), rates=(1e-3, 3e-3, 1e-2), rate_seeds=3)
+SEARCHED = replace(SETTINGS, allocations=("plan", "uniform"), methods=("lora",), rates=(1e-3, 3e-3, 1e-2), rate_seeds=3)
 WITH_HEAD = replace(SEARCHED, head_rate=None)
 CHANCE = 2.0  # the constant answer's loss, see tests/comparing.py
 Make = Callable[..., tuple[Comparison, list[Run]]]
