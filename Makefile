@@ -37,14 +37,14 @@ test-perturbed: environment
 # The whole protocol of a comparison, in about 115 trainings on 120 rows: the head's rate, two methods with theirs, their
 # neighbours, and the picture of score against rate. What comes out is checked against the record, if there is one.
 compare-small: environment
-	OMP_NUM_THREADS=1 $(MAIN)/bin/python benchmarks/compare_tasks.py docstrings --train-rows 120 --plans budget \
+	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 120 --plans budget \
 	  --allocations plan,uniform --methods lora --jobs $(CORES) --output compare-small
-	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python benchmarks/compare_check.py compare-small; fi
+	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python -m benchmarks.compare.check compare-small; fi
 
 # Which changes of the engine's code no test notices (about two hours); the answer is in benchmarks/results/mutants.json.
 mutants: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/mutmut run --max-children $(CORES)
-	$(MAIN)/bin/python benchmarks/mutants.py
+	$(MAIN)/bin/python -m benchmarks.mutants
 
 environment:
 	@$(PYTHON3) .ci/environments.py main

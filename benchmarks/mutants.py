@@ -1,6 +1,6 @@
 """Which changes of the engine's code no test notices: benchmarks/results/mutants.json, made of what mutmut found.
 
-    mutmut run --max-children 1 && python benchmarks/mutants.py
+    mutmut run --max-children 1 && python -m benchmarks.mutants
 
 Each survivor stands there with the reason why it may. A reason is kept for as long as its change reads the same, and
 the exit code is 1 while a survivor has none.

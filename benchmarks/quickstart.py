@@ -1,4 +1,4 @@
-"""Record what the README's quickstart says, and draw its picture: python benchmarks/quickstart.py"""
+"""Record what the README's quickstart says, and draw its picture: python -m benchmarks.quickstart"""
 
 import json
 import os
@@ -6,8 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from machine import RESULTS, record
-
+from benchmarks.machine import RESULTS, record
 from gelora_plugins import RankPlan
 from gelora_plugins.demo import MODEL, smollm2
 from gelora_plugins.report.pictures import draw

@@ -1,4 +1,4 @@
-"""Does a comparison that was made anew say what the recorded one says? python benchmarks/compare_check.py FOLDER
+"""Does a comparison that was made anew say what the recorded one says? python -m benchmarks.compare.check FOLDER
 
 Trainings follow the rounding of the processor: elsewhere scores are other draws from what the seeds vary anyway, and
 the best of two rates that are nearly as good may be the other one. So no digits are compared. An error is: a
@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from machine import RESULTS
 from scipy import stats
 
+from benchmarks.machine import RESULTS
 from gelora_plugins.compare.allocations import TOLERANCE
 from gelora_plugins.compare.results import Result
 from gelora_plugins.compare.stats import holm

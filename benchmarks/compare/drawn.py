@@ -1,6 +1,6 @@
 """Methods at equal LoRA parameters where each seed draws its own training rows. How it is judged: PREREGISTRATION.md.
 
-    python benchmarks/compare_drawn.py cola mrpc rte stsb sst2 gsm8k dolly_open_qa --data DIR [--jobs 2]
+    python -m benchmarks.compare.drawn cola mrpc rte stsb sst2 gsm8k dolly_open_qa --data DIR [--jobs 2]
 
 Rows are drawn from DIR/TASK/train.jsonl.gz, whole; the test rows are from DIR/TASK/validation.jsonl.gz. What is
 recorded in benchmarks/results/compare-drawn/TASK/runs.jsonl is kept, so a stopped script goes on.
@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare_tasks import MINILM, SMOLLM2, from_files, minilm, with_line_ends
-from completion_tokens import measure_completions
-from machine import RESULTS, machine
-
+from benchmarks.compare.completion_tokens import measure_completions
+from benchmarks.compare.tasks import MINILM, SMOLLM2, from_files, minilm, with_line_ends
+from benchmarks.machine import RESULTS, machine
 from gelora_plugins import GeLoRAConfig, json_files
 from gelora_plugins.compare.bench import Bench, Settings
 from gelora_plugins.compare.run import compare, default_plans, planned

@@ -1,6 +1,6 @@
 """Whether exact match on GSM8K tells anything of SmolLM2-135M: answered as it is, with worked examples, and trained.
 
-    python benchmarks/gsm8k_exact_match.py --data DIR
+    python -m benchmarks.compare.gsm8k_exact_match --data DIR
 
 Rows, adapter and rate are those of uniform rank 8 in compare_drawn.py, its first seed. Answers are greedy. A row counts
 when the last number of the answer is the final answer.
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_drawn import task_and_settings
-from compare_tasks import from_files
-from machine import RESULTS, machine
 
+from benchmarks.compare.drawn import task_and_settings
+from benchmarks.compare.tasks import from_files
+from benchmarks.machine import RESULTS, machine
 from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench

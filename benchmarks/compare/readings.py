@@ -1,6 +1,6 @@
 """Other readings of the profile, each against its own permutations; PREREGISTRATION.md says what is judged, and how.
 
-    python benchmarks/compare_readings.py docstrings sst2 --data DIR [--only READING,...] [--jobs 2]
+    python -m benchmarks.compare.readings docstrings sst2 --data DIR [--only READING,...] [--jobs 2]
 
 Every reading becomes ranks in the same way: in proportion to it, none below 1, at the cost of the user's own rank.
 """
@@ -8,10 +8,10 @@ Every reading becomes ranks in the same way: in proportion to it, none below 1, 
 from dataclasses import replace
 
 import torch
-from compare_tasks import arguments, chosen, task_and_settings
-from machine import RESULTS
 from torch import Tensor
 
+from benchmarks.compare.tasks import arguments, chosen, task_and_settings
+from benchmarks.machine import RESULTS
 from gelora_plugins import GeLoRAConfig, RankPlan
 from gelora_plugins.compare.bench import Bench
 from gelora_plugins.compare.run import compare, measured, planned

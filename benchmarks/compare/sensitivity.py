@@ -1,6 +1,6 @@
 """Does it matter how the ranks are chosen? One budget, many ways to fill it, and the roundings of the published rule.
 
-    python benchmarks/compare_sensitivity.py sst2 --data DIR [--jobs 2]
+    python -m benchmarks.compare.sensitivity sst2 --data DIR [--jobs 2]
 
 Each way is compared with the uniform rank at its own cost: the pooling, the estimator, the "+1" of the rule, the alpha
 rule (one scaling, or one lora_alpha), the rounding. Ways that come to the same ranks are trained once.
@@ -10,9 +10,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from compare_tasks import arguments, chosen, task_and_settings
-from machine import RESULTS
-
+from benchmarks.compare.tasks import arguments, chosen, task_and_settings
+from benchmarks.machine import RESULTS
 from gelora_plugins import GeLoRAConfig, RankPlan
 from gelora_plugins.compare.bench import Bench
 from gelora_plugins.compare.run import compare, measured, planned

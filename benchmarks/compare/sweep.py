@@ -1,4 +1,4 @@
-"""Many rates beside the one that the search chose: python benchmarks/compare_sweep.py [--seeds 10] [--jobs 2]
+"""Many rates beside the one that the search chose: python -m benchmarks.compare.sweep [--seeds 10] [--jobs 2]
 
 Uniform rank 8 on `docstrings`, with the head's rate of benchmarks/results/compare-tuned, and recorded with the runs of
 that comparison, so that none is made twice. PREREGISTRATION.md says which rates, and what is judged.
@@ -9,10 +9,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from compare_tasks import task_and_settings
-from machine import RESULTS, record
 from tqdm.auto import tqdm
 
+from benchmarks.compare.tasks import task_and_settings
+from benchmarks.machine import RESULTS, record
 from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench

@@ -1,7 +1,7 @@
 """Methods at equal LoRA parameters on real tasks; what is recorded is kept, so a stopped script goes on.
 
-    python benchmarks/compare_tasks.py docstrings [--jobs 2]
-    python benchmarks/compare_tasks.py cola sst2 gsm8k --data DIR [--jobs 2]
+    python -m benchmarks.compare.tasks docstrings [--jobs 2]
+    python -m benchmarks.compare.tasks cola sst2 gsm8k --data DIR [--jobs 2]
 
 `docstrings` needs no data: which package of Python's own library a docstring belongs to. The other tasks are read from
 DIR/TASK/{train,validation}.jsonl.gz; the validation file is the test set here, and no rate is chosen on it. Every run
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, machine
 
+from benchmarks.machine import RESULTS, machine
 from gelora_plugins import GeLoRAConfig, json_files
 from gelora_plugins.compare.bench import Bench, Settings
 from gelora_plugins.compare.run import compare, default_plans

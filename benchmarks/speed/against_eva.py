@@ -1,6 +1,6 @@
 """GeLoRA's probe and plan beside PEFT's EVA initialisation: time and memory on the same model and rows (SmolLM2-135M).
 
-    python benchmarks/against_eva.py [--rows 128] [--tokens 128] [--batch 16] [--rounds 3]
+    python -m benchmarks.speed.against_eva [--rows 128] [--tokens 128] [--batch 16] [--rounds 3]
 
 Both start from a fresh LoRA adapter of rank 8 on every linear map of the blocks and end with a rank for each. EVA
 (Paischer et al., arXiv 2410.07170; `initialize_lora_eva_weights` of PEFT 0.21, its defaults) also makes the initial
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import record
 from peft import LoraConfig, get_peft_model, initialize_lora_eva_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.machine import record
 from gelora_plugins import GeLoRAConfig, select_ranks
 from gelora_plugins.demo import passages, smollm2
 
@@ -91,7 +91,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     for _ in range(options.rounds):
         for method, found in runs.items():
-            command = [sys.executable, *sys.argv, "--one", method]
+            command = [sys.executable, "-m", "benchmarks.speed.against_eva", *sys.argv[1:], "--one", method]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
             last = found[-1]

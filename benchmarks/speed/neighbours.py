@@ -1,6 +1,6 @@
 """What exact nearest neighbours cost: beside one float32 product of the same size, and beside other tools.
 
-    python benchmarks/neighbours.py [--points 1000 4000 8000] [--features 1024] [--rounds 5] [--dadapy PYTHON]
+    python -m benchmarks.speed.neighbours [--points 1000 4000 8000] [--features 1024] [--rounds 5] [--dadapy PYTHON]
 
 The points are tanh features of 15 latent coordinates with noise, float32. The competitors take turns in each round, on
 the threads that OMP_NUM_THREADS allows; ratios are taken round by round, and their medians are reported. DADApy needs
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import record
 from skdim.id import TwoNN
 from sklearn.neighbors import NearestNeighbors
 
+from benchmarks.machine import record
 from gelora_plugins.dimension.estimators import twonn
 from gelora_plugins.dimension.neighbours import neighbour_distances
 

@@ -1,6 +1,6 @@
 """What the probe costs beside bare forward passes of the same backbone on the same batches (SmolLM2-135M).
 
-    python benchmarks/probe_cost.py [--rows 512] [--tokens 128] [--rounds 5]
+    python -m benchmarks.speed.probe_cost [--rows 512] [--tokens 128] [--rounds 5]
 
 The probe is `measure`, everything in it: choosing documents, hooks, pooling, neighbours, dimensions. For time the two
 take turns in one process, and the ratio is taken round by round. For memory each runs in a fresh process, and what
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.machine import record
 from gelora_plugins import GeLoRAConfig, measure
 from gelora_plugins.demo import passages, smollm2
 from gelora_plugins.probe.documents import choose_documents
@@ -71,7 +71,7 @@ def peaks(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.repeats):
         for name in RUNS:
             arguments = [f"--{key}={getattr(options, key)}" for key in ("rows", "tokens", "feature_storage")]
-            command = [sys.executable, __file__, f"--peak_of={name}", *arguments]
+            command = [sys.executable, "-m", "benchmarks.speed.probe_cost", f"--peak_of={name}", *arguments]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             _, peak, size = next(line for line in output.splitlines() if line.startswith("peak ")).split()
             found[name].append(int(peak))

@@ -1,7 +1,7 @@
 """How the cost of the probe grows, what it would be for large models, and the widest features that it must hold.
 
-    python benchmarks/scale.py [--rounds 3] [--samples 128]     the law, on small random Llama models
-    python benchmarks/scale.py --wide [--storage disk]          80 boundaries x 8192 features x 4096 documents
+    python -m benchmarks.speed.scale [--rounds 3] [--samples 128]     the law, on small random Llama models
+    python -m benchmarks.speed.scale --wide [--storage disk]          80 boundaries x 8192 features x 4096 documents
 
 The law, of three parts that are timed apart: the bare forward takes a * FLOP; pooling, which is reading the documents
 less the bare forward, b * numbers pooled + d once; the dimensions c * FLOP of the distances + e * points (the halves).
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import record
 from scipy.optimize import nnls
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.machine import record
 from gelora_plugins import GeLoRAConfig
 from gelora_plugins.dimension.estimators import twonn_mle
 from gelora_plugins.dimension.measure import estimate_dimensions

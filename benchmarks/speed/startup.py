@@ -1,11 +1,11 @@
-"""What `import gelora_plugins` and `gelora --help` cost beyond Python's own start: python benchmarks/startup.py"""
+"""What `import gelora_plugins` and `gelora --help` cost beyond Python's start: python -m benchmarks.speed.startup"""
 
 import statistics
 import subprocess
 import sys
 import time
 
-from machine import record
+from benchmarks.machine import record
 
 COMMANDS = {
     "python": ["-c", "pass"],

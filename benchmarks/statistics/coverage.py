@@ -1,4 +1,4 @@
-"""How often the 95 % interval of a paired difference holds the true one: python benchmarks/compare_coverage.py
+"""How often the 95 % interval of a paired difference holds the true one: python -m benchmarks.statistics.coverage
 
 Student's t, which `gelora compare` takes, beside the percentile bootstrap and the studentised one (Hall 1988), with the
 widths of their intervals: with few seeds some resamples have next to no spread, and the studentised interval explodes.
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from machine import record
 
+from benchmarks.machine import record
 from gelora_plugins.compare.stats import paired_difference
 
 DRAWS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {

@@ -1,6 +1,6 @@
 """How well the estimators find a known dimension, and how honest their standard errors are.
 
-    python benchmarks/estimators.py [--sets 200] [--networks 60]
+    python -m benchmarks.statistics.estimators [--sets 200] [--networks 60]
 
 Values: sets of 1000 points of a known density and dimension. `coverage` is how often the 95 % interval holds the
 estimator's own mean over the sets: the interval speaks of chance, not of the bias that 1000 points in a density that
@@ -18,9 +18,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from machine import record
 from scipy.stats import chi2
 
+from benchmarks.machine import record
 from gelora_plugins.dimension.estimators import gride, mle, twonn, twonn_mle
 from gelora_plugins.dimension.halves import halves
 from gelora_plugins.dimension.measure import estimate_dimensions

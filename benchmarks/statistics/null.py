@@ -1,4 +1,4 @@
-"""How often a method is told apart from itself with its nominal rates shifted: python benchmarks/compare_null.py
+"""How often a method is told apart from itself with its nominal rates shifted: python -m benchmarks.statistics.null
 
 
 A simulation: no model is trained. The loss is a parabola over the logarithm of the rate up to a cliff, as measured on
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from machine import record
 
+from benchmarks.machine import record
 from gelora_plugins.compare.rates import choose, next_runs
 from gelora_plugins.compare.stats import paired_difference, verdict, worst
 

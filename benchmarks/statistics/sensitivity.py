@@ -1,15 +1,15 @@
 """How the plan for SmolLM2-135M depends on what the paper leaves open: `gelora probe --sensitivity` on English prose.
 
-python benchmarks/sensitivity.py [--rows 1024] [--tokens 128] [--rank 8]
+python -m benchmarks.statistics.sensitivity [--rows 1024] [--tokens 128] [--rank 8]
 """
 
 import argparse
 import time
 
 import torch
-from machine import record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.machine import record
 from gelora_plugins import GeLoRAConfig
 from gelora_plugins.demo import passages, smollm2
 from gelora_plugins.sensitivity import measure_sensitivity

@@ -1,6 +1,6 @@
 """How often the verdict says "blocks differ": on data without any difference, and on planted ones.
 
-    python benchmarks/verdict.py [--sets 200]
+    python -m benchmarks.statistics.verdict [--sets 200]
 
 Points at 13 boundaries of 12 blocks go through the real estimator and its random halves; nothing else is planted.
 Alike: points of one dimension, 10, at every boundary, drawn anew for each ("independent"), or the same points turned
@@ -12,8 +12,8 @@ import argparse
 
 import numpy as np
 import torch
-from machine import record
 
+from benchmarks.machine import record
 from gelora_plugins.dimension.estimators import twonn_mle
 from gelora_plugins.dimension.measure import estimate_dimensions
 from gelora_plugins.dimension.profile import DimensionProfile

@@ -50,7 +50,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
 
     For five normal differences the 95 % interval of the percentile bootstrap holds the true mean 84 % of the time, that
     of t 94 %. A studentised bootstrap comes to 98 %, but with five seeds some resamples have next to no spread, and one
-    interval in twenty is five times as wide as t's usual one (benchmarks/compare_coverage.py).
+    interval in twenty is five times as wide as t's usual one (benchmarks/statistics/coverage.py).
     """
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     n, mean = len(differences), float(differences.mean())

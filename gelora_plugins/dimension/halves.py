@@ -18,7 +18,7 @@ NUM_HALVES = 100  # the spread of 100 estimates is known to 1 part in sqrt(2 * 1
 # nearest neighbours than the whole, which adds noise of its own. Where the density is constant, the normalised
 # spacings E_j = d j log(r_{j+1} / r_j) of a point are independent exponentials; TwoNN on all points averages E_1,
 # and on a half, in the mean over halves, sum_j 2^-j E_j, whose variance is 1/3 of that of E_1. So among halves there
-# remains 2 - 1/3 = 5/3. benchmarks/estimators.py measures it, for estimates and for their differences.
+# remains 2 - 1/3 = 5/3. benchmarks/statistics/estimators.py measures it, for estimates and for their differences.
 VARIANCE_FACTOR = 3 / 5
 _CHUNK = 2**20  # listed neighbours of halves worked on at a time
 

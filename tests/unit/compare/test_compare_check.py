@@ -1,25 +1,23 @@
-"""benchmarks/compare_check.py: what of a comparison that was made anew contradicts the recorded one."""
+"""benchmarks/compare/check.py: what of a comparison that was made anew contradicts the recorded one."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.compare.check import at_one_rate, check
+from benchmarks.machine import RESULTS
 from gelora_plugins.compare.contrasts import contrasts_of
 from gelora_plugins.compare.results import Around, Result
 from gelora_plugins.compare.summary import Comparison
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from compare_check import at_one_rate, check  # noqa: E402
+RECORD = RESULTS / "compare"
 
 
 @pytest.fixture(scope="module")
 def recorded() -> Comparison:
-    return Comparison.read(BENCHMARKS / "results" / "compare")
+    return Comparison.read(RECORD)
 
 
 def remade(recorded: Comparison, scores: Callable[[Result], list[float]], task: str = "docstrings") -> Comparison:

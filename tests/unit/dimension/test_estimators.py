@@ -200,7 +200,7 @@ def test_the_variance_among_halves_is_that_of_independent_spacings():
 
 @every_estimator
 def test_the_standard_error_is_the_spread_over_other_points(estimator):
-    # 60 sets know the spread to 9 % (one standard error); benchmarks/estimators.py measures this on more.
+    # 60 sets know the spread to 9 % (one standard error); benchmarks/statistics/estimators.py measures this on more.
     found = [estimator(gaussian(500, 5, seed=seed)) for seed in range(60)]
     stated = statistics.fmean(estimate.std_error for estimate in found)
     assert stated == pytest.approx(statistics.stdev(estimate.value for estimate in found), rel=0.3)
