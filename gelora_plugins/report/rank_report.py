@@ -16,6 +16,7 @@ from gelora_plugins.ranks.verdict import SETTLED, verdict
 from gelora_plugins.report.pictures import draw
 from gelora_plugins.report.table import COLUMNS, cells, plan_table, render
 from gelora_plugins.report.versions import versions
+from gelora_plugins.report.web import page
 from gelora_plugins.text import markdown, printable
 
 if TYPE_CHECKING:
@@ -79,13 +80,21 @@ class RankReport:
         head = f"# LoRA ranks by GeLoRA\n\n{markdown(verdict(self.plan))}\n\n"
         return f"{head}{table}\n\n" + "".join(f"{markdown(line)}\n\n" for line in self.lines())
 
+    def to_html(self) -> str:
+        """All of it as one page that needs no network, no script and no other file."""
+        return page(self)
+
     def write(self, output_dir: str | os.PathLike[str]) -> list[Path]:
-        """Write plan.json, report.json, report.md and, where matplotlib is installed, ranks.png; return the paths."""
+        """Write plan.json, report.json, report.md, report.html and, where matplotlib is installed, ranks.png.
+
+        Returns the paths.
+        """
         directory = Path(output_dir)
         self.plan.save(directory / "plan.json")
         json_files.write_json(directory / "report.json", self.to_dict())
         json_files.write_text(directory / "report.md", self.to_markdown())
-        paths = [directory / name for name in ("plan.json", "report.json", "report.md")]
+        json_files.write_text(directory / "report.html", self.to_html())
+        paths = [directory / name for name in ("plan.json", "report.json", "report.md", "report.html")]
         if importlib.util.find_spec("matplotlib") is not None:
             paths.append(directory / "ranks.png")
             draw(self.plan, paths[-1])
