@@ -22,11 +22,11 @@ from gelora_plugins.probe.provenance import other_model
 from gelora_plugins.ranks.adapter import AppliedPlan, add_adapter, apply_config, apply_plan, has_ranks_of
 from gelora_plugins.ranks.find_adapter import IN_PLACE_INITS, find_adapter, require_adapter
 from gelora_plugins.ranks.patterns import check_initialisation, without_plan
-from gelora_plugins.ranks.plan import RankPlan
+from gelora_plugins.ranks.plan import PLAN, RankPlan
 from gelora_plugins.ranks.plan_check import check_plan, with_plan
 from gelora_plugins.ranks.verdict import sure_plan
 
-from .checkpoint import PLAN, Checkpoint
+from .checkpoint import Checkpoint
 from .sharding import is_sharded
 from .telling import is_at, tell
 from .trainer_check import TrainingCheck, check_unstarted

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gelora_plugins.errors import PlanError, WriteError
-from gelora_plugins.ranks.plan import RankPlan
+from gelora_plugins.ranks.plan import PLAN, RankPlan
 from gelora_plugins.report.rank_report import RankReport, show, write_reports
-
-from .checkpoint import PLAN
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from gelora_plugins import json_files
@@ -14,6 +15,7 @@ from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
 from gelora_plugins.text import printable
 
+PLAN = Path("gelora", "plan.json")  # below an output directory of a training, and below each checkpoint
 MAX_RANK = 2**16  # no linear map of a model that is trained today has a side that is longer
 
 
@@ -270,6 +272,23 @@ class RankPlan:
             min_rank=1 if min_rank is None else min_rank,
             scaling_rule="constant" if scaling_rule is None else scaling_rule,
         )
+
+
+def find_plan(place: str | os.PathLike[str]) -> Path:
+    """The file of the plan at `place`: the file itself, or gelora/plan.json or plan.json of a directory.
+
+    Raises:
+        PlanError: the directory has neither.
+    """
+    if not os.path.isdir(place):
+        return Path(place)
+    found = next((path for path in (Path(place, PLAN), Path(place, PLAN.name)) if path.is_file()), None)
+    if found is None:
+        raise PlanError(
+            f"{os.fspath(place)} has neither {PLAN} nor {PLAN.name}. Give a plan, or the directory of a training, a "
+            "checkpoint or an adapter that GeLoRA chose the ranks of."
+        )
+    return found
 
 
 def _site_from_dict(data: Mapping[str, Any]) -> Site:

@@ -88,8 +88,7 @@ def chart(plan: RankPlan) -> Chart:
     profile = plan.profile
     across = _Axis(-1.0, profile.layout.num_boundaries - 1.0, LEFT, RIGHT)
     step = across(1) - across(0)
-    known = [estimate for estimate in profile.estimates if estimate.value is not None]
-    ends = [x for e in known if e.value is not None for x in (e.value, *(e.interval or ()))]
+    ends = [x for e in profile.estimates if e.value is not None for x in (e.value, *(e.interval or ()))]
     up = _round_axis(min(ends, default=0.0), max(ends, default=1.0), DIMENSIONS, 5)
     ranks = _round_axis(0.0, max(*plan.ranks, plan.base_rank), RANKS, 4, least=1.0)
     lines, bands, dimensions, ticks = [], [], [], []
