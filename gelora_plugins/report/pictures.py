@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,7 @@ def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    drawn = io.BytesIO()
-    figure(plan).savefig(drawn, format=Path(path).suffix[1:], dpi=120)
-    json_files.write_bytes(path, drawn.getvalue())
+    json_files.write_bytes(path, _saved(figure(plan), Path(path).suffix[1:]))
 
 
 def figure(plan: RankPlan) -> Figure:
@@ -43,14 +42,22 @@ def figure(plan: RankPlan) -> Figure:
     except ImportError as error:
         raise ImportError('The picture of a plan needs matplotlib: pip install "gelora[plot]".') from error
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    picture = Figure(figsize=(8, 5), layout="constrained")
+    above, below = picture.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     _draw_dimensions(plan.profile, above)
     _draw_ranks(plan, below)
-    figure.suptitle(label(verdict(plan)), fontsize="medium", wrap=True)
-    figure.supxlabel(label(caption(plan)), fontsize="small", color="dimgray", wrap=True)
+    picture.suptitle(label(verdict(plan)), fontsize="medium", wrap=True)
+    picture.supxlabel(label(caption(plan)), fontsize="small", color="dimgray", wrap=True)
     below.set_xlabel("block (each boundary lies between two blocks)")
-    return figure
+    # A notebook shows no Figure that pyplot has not made, unless it has this (matplotlib 3.11, IPython 9).
+    vars(picture)["_repr_png_"] = partial(_saved, picture, "png")
+    return picture
+
+
+def _saved(picture: Figure, kind: str) -> bytes:
+    drawn = io.BytesIO()
+    picture.savefig(drawn, format=kind, dpi=120)
+    return drawn.getvalue()
 
 
 def _draw_dimensions(profile: DimensionProfile, axes: Any) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from gelora_plugins.report.pictures import draw
 from gelora_plugins.report.table import COLUMNS, cells, plan_table, render
 from gelora_plugins.report.versions import versions
 from gelora_plugins.report.web import page
-from gelora_plugins.text import markdown, printable
+from gelora_plugins.text import html_table, markdown, printable
 
 if TYPE_CHECKING:
     from gelora_plugins.ranks.plan import RankPlan
@@ -41,6 +42,11 @@ class RankReport:
     def __str__(self) -> str:
         lines = "".join(f"{line}\n" for line in self.lines())
         return f"\n{printable(verdict(self.plan))}\n\n{render(plan_table(self.plan))}\n{lines}"
+
+    def _repr_html_(self) -> str:
+        """The verdict, the table and the lines below it, which a notebook shows."""
+        table = html_table(verdict(self.plan), COLUMNS, cells(self.plan))
+        return table + "".join(f"<p>{escape(line)}</p>" for line in self.lines())
 
     def lines(self) -> list[str]:
         """Totals, cost and notes, one sentence each."""
