@@ -28,7 +28,7 @@ from gelora_plugins.ranks.verdict import sure_plan
 
 from .checkpoint import Checkpoint
 from .sharding import is_sharded
-from .telling import is_at, tell
+from .telling import PlanLog, is_at, tell
 from .trainer_check import TrainingCheck, check_unstarted
 from .trainer_moment import Methods, replace_methods
 from .training_rows import collator_of, documents_of
@@ -56,6 +56,7 @@ class RankSelection:
         self._told: object = None  # the plan or checkpoint that was last shown
         self._trainer_own = replace_methods(trainer, Methods(self.train, self.call_model_init, self.save_model))
         trainer.add_callback(TrainingCheck(self))
+        trainer.add_callback(PlanLog(self))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with the ranks settled first."""

@@ -107,6 +107,25 @@ class RankReport:
         return paths
 
 
+def scalars(plan: RankPlan) -> dict[str, float]:
+    """What a plan comes to, in numbers for a tracker: whole where they count something.
+
+    mean_rank; parameters_share, of LoRA parameters with the user's own `r`; blocks_unsure, whose rank changes in more
+    than 5 % of redraws, where that is known; seconds of the measurement.
+    """
+    numbers = {
+        "mean_rank": sum(plan.ranks) / len(plan.ranks),
+        "parameters_share": plan.num_parameters / plan.num_base_parameters,
+        "seconds": plan.profile.seconds,
+    }
+    return numbers | ({"blocks_unsure": _num_unsure(plan)} if plan.rank_changes else {})
+
+
+def _num_unsure(plan: RankPlan) -> int:
+    """Blocks whose rank changes in more than 5 % of redraws."""
+    return sum(share > SETTLED for share in plan.rank_changes)
+
+
 def show(report: RankReport) -> None:
     """Print a report. What the encoding of standard output lacks, such as the lines of the table, is replaced."""
     text = str(report)
@@ -163,10 +182,9 @@ def _sureness(plan: RankPlan) -> list[str]:
             f"The estimator {plan.profile.estimator} gives no standard errors: how sure the ranks are is not known."
         ]
     num_redraws = max(len(estimate.replicates) for estimate in plan.profile.estimates)
-    unsure = sum(share > SETTLED for share in plan.rank_changes)
     return [
         f"The growth over a block is known to a standard error of {min(known):.2f} to {max(known):.2f}.",
         f"May differ: the share of {num_redraws} redraws of the measured dimensions, from random halves of the "
-        f"documents, in which the policy chooses another rank. It is above {SETTLED:.0%} at {unsure} of "
+        f"documents, in which the policy chooses another rank. It is above {SETTLED:.0%} at {_num_unsure(plan)} of "
         f"{len(plan.ranks)} blocks.",
     ]
