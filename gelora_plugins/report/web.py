@@ -39,7 +39,7 @@ def page(report: RankReport, now: datetime | None = None) -> str:
         rows=cells(plan),
         lines=report.lines(),
         settings=_settings(plan),
-        versions=versions(),
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )
 
 

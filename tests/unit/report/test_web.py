@@ -198,7 +198,8 @@ def test_the_date_is_that_of_writing_in_universal_time() -> None:
 
 def test_versions_are_named() -> None:
     (footer,) = page(SURE).texts("footer")
-    assert all(f"{name} {version}" in footer for name, version in RankReport(SURE).to_dict()["versions"].items())
+    found = RankReport(SURE).to_dict()["versions"]
+    assert f"Written with {', '.join(f'{name} {version}' for name, version in found.items())}." in footer
 
 
 def luminance(colour: str) -> float:
