@@ -27,7 +27,7 @@ MEETING = ["tests/unit/probe/test_find_blocks.py", "tests/unit/probe/test_hidden
     f"tests/integration/{folder}/test_{name}.py"
     for folder, names in {
         "models": ("families", "matrix"),
-        "trainer": ("resume", "routes", "trainer", "trainer_check"),
+        "trainer": ("resume", "routes", "trackers", "trainer", "trainer_check"),
         "trl": ("trl", "trl_rows"),
     }.items()
     for name in names

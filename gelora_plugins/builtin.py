@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 from gelora_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import nn
 
     from gelora_plugins.layout import ModelLayout
+    from gelora_plugins.ranks.plan import RankPlan
     from gelora_plugins.report.rank_report import RankReport
 
 
@@ -49,6 +51,13 @@ def find_model_layout(model: "nn.Module") -> "ModelLayout":
     from gelora_plugins.probe.find_blocks import find_transformers_layout
 
     return find_transformers_layout(model)
+
+
+@hookimpl(trylast=True)
+def draw_plan(plan: "RankPlan") -> "Figure":
+    from gelora_plugins.report.pictures import figure
+
+    return figure(plan)
 
 
 @hookimpl

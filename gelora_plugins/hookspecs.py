@@ -7,9 +7,11 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from matplotlib.figure import Figure
     from torch import nn
 
     from gelora_plugins.layout import ModelLayout
+    from gelora_plugins.ranks.plan import RankPlan
     from gelora_plugins.report.rank_report import RankReport
 
 hookspec = pluggy.HookspecMarker("gelora")
@@ -39,6 +41,11 @@ def register_training_methods() -> "Mapping[str, Callable[..., Any]]":
 @hookspec(firstresult=True)
 def find_model_layout(model: "nn.Module") -> "ModelLayout | None":
     """The transformer blocks of `model`, or None when this plugin does not know it."""
+
+
+@hookspec(firstresult=True)
+def draw_plan(plan: "RankPlan") -> "Figure | None":
+    """The picture of a plan that `RankPlan.plot` gives, or None to leave it to the next plugin."""
 
 
 @hookspec

@@ -122,11 +122,16 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, each list of numbers in one line.
+    """Write `as_text(value)` as `write_bytes` does."""
+    write_text(path, as_text(value))
+
+
+def as_text(value: Any) -> str:
+    """`value` as indented JSON, each list of numbers in one line.
 
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot say.
     """
     text = json.dumps(value, indent=1, allow_nan=False)
     # JSON writes a line break in a string as an escape, so no string can look like such a list.
-    write_text(path, re.sub(r"\[\n[-+.eE\d,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n")
+    return re.sub(r"\[\n[-+.eE\d,\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"

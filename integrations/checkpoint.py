@@ -14,11 +14,9 @@ from peft import LoraConfig, PeftConfig
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import PlanError
-from gelora_plugins.ranks.plan import RankPlan
+from gelora_plugins.ranks.plan import PLAN, RankPlan
 
 logger = logging.getLogger(__name__)
-
-PLAN = Path("gelora", "plan.json")  # below an output directory, and below each checkpoint
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from gelora_plugins.probe.provenance import other_model
 from gelora_plugins.ranks.adapter import AppliedPlan, add_adapter, apply_config, apply_plan, has_ranks_of
 from gelora_plugins.ranks.find_adapter import IN_PLACE_INITS, find_adapter, require_adapter
 from gelora_plugins.ranks.patterns import check_initialisation, without_plan
-from gelora_plugins.ranks.plan import RankPlan
+from gelora_plugins.ranks.plan import PLAN, RankPlan
 from gelora_plugins.ranks.plan_check import check_plan, with_plan
 from gelora_plugins.ranks.verdict import sure_plan
 from gelora_plugins.trainer_moment import Methods, checkpoint_path, replace_methods
 
-from .checkpoint import PLAN, Checkpoint
+from .checkpoint import Checkpoint
 from .sharding import is_sharded
-from .telling import is_at, tell
+from .telling import PlanLog, is_at, tell
 from .trainer_check import TrainingCheck, check_unstarted
 from .training_rows import collator_of, documents_of
 
@@ -55,6 +55,7 @@ class RankSelection:
         self._told: object = None  # the plan or checkpoint that was last shown
         self._trainer_own = replace_methods(trainer, Methods(self.train, self.call_model_init, self.save_model))
         trainer.add_callback(TrainingCheck(self))
+        trainer.add_callback(PlanLog(self))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with the ranks settled first."""

@@ -1,19 +1,19 @@
-"""What a training says of its ranks, and saves: shown once, written beside the checkpoints, never its end."""
+"""What a training says of its ranks, and saves: shown, logged, written beside the checkpoints, and never its end."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers import TrainerCallback
 
 from gelora_plugins.errors import PlanError, WriteError
-from gelora_plugins.ranks.plan import RankPlan
-from gelora_plugins.report.rank_report import RankReport, show, write_reports
-
-from .checkpoint import PLAN
+from gelora_plugins.ranks.plan import PLAN, RankPlan
+from gelora_plugins.report.rank_report import RankReport, scalars, show, write_reports
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from gelora_plugins.config import GeLoRAConfig
     from gelora_plugins.ranks.adapter import AppliedPlan
@@ -21,6 +21,49 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+PREFIX = "gelora/"
+MEAN_RANK = f"{PREFIX}mean_rank"
+
+
+class Planned(Protocol):
+    """A trainer, and where its ranks come from; None where they are the user's own."""
+
+    trainer: Trainer
+    plan: RankPlan | None
+
+
+class PlanLog(TrainerCallback):
+    """At the start of training: what the plan comes to, to `log_history` and to whatever `report_to` names.
+
+    Once for each `log_history`: one that comes with a checkpoint has it. All processes do it, as all log the losses;
+    the trackers write in one. A tracker that fails is a warning here.
+    """
+
+    def __init__(self, selection: Planned) -> None:
+        self.selection = selection
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called after the trackers' own, unless they were added to the Trainer later: those begin when they log."""
+        trainer, plan = self.selection.trainer, self.selection.plan
+        if plan is None or any(MEAN_RANK in entry for entry in state.log_history):
+            return
+        known = {f"{PREFIX}{name}": value for name, value in scalars(plan).items()}
+        try:
+            trainer.log(dict(known))  # to which the Trainer adds
+        except Exception as error:
+            if state.is_world_process_zero:
+                logger.warning("The ranks were not logged everywhere: %s: %s", type(error).__name__, error)
+        lists = {
+            f"{PREFIX}ranks": list(plan.ranks),
+            f"{PREFIX}dimensions": [estimate.value for estimate in plan.profile.estimates],
+        }
+        # Trackers take numbers only, so these are added afterwards.
+        for entry in state.log_history:
+            if MEAN_RANK in entry:
+                entry.update(lists)
 
 
 def tell(

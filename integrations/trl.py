@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trl
 from trl import SFTTrainer, TrlParser
@@ -15,12 +15,14 @@ from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, GeLoRAError
 from gelora_plugins.methods.by_name import make_method
 from gelora_plugins.mistakes import reason
-from gelora_plugins.probe.formats import format_of, load_rows
+from gelora_plugins.probe.formats import check_place, format_of, load_rows
 
 from .transformers import GeLoRACallback, prepare_trainer
 
-if TYPE_CHECKING:
-    pass
+EXAMPLE = (
+    "Example: gelora sft --model_name_or_path MODEL --dataset_name train.jsonl --use_peft --policy budget "
+    "--output_dir out"
+)
 
 
 class GeLoRASFTTrainer(SFTTrainer):
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         GeLoRAError: an option cannot be used, or no ranks can be chosen.
     """
-    parser = TrlParser([*sft.make_parser().dataclass_types, GeLoRAConfig], prog="gelora sft")
+    parser = TrlParser([*sft.make_parser().dataclass_types, GeLoRAConfig], prog="gelora sft", epilog=EXAMPLE)
     try:
         script_args, training_args, model_args, dataset_args, config = parser.parse_args_and_config(argv)
     except GeLoRAError:
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.method is not None:
         make_method(config.method)  # refused before a model is loaded
     name = script_args.dataset_name
+    if name and not dataset_args.datasets:
+        check_place(name)
     kind = format_of(Path(name)) if name and not dataset_args.datasets and Path(name).is_file() else None
     if kind is not None:
         if not script_args.dataset_streaming:

@@ -20,8 +20,17 @@ app = typer.Typer(
     "[bold]gelora plan[/] chooses ranks from what was measured, [bold]gelora report[/] shows them. Most people need "
     "none of these: add GeLoRACallback() to your Trainer and train.",
 )
+EXAMPLES = {
+    "demo": demo.EXAMPLES,
+    "probe": probe.EXAMPLES,
+    "plan": plan.EXAMPLES,
+    "report": report.EXAMPLES,
+    "export": export.EXAMPLES,
+    "compare": compare.EXAMPLES,
+}
 for command in (demo.demo, probe.probe, plan.plan, report.report, export.export, compare.compare):
-    app.command()(command)
+    # The lines of a paragraph are joined in a terminal (typer 0.29).
+    app.command(epilog="\n\n".join(["Examples:", *EXAMPLES[command.__name__]]))(command)
 # What follows `gelora sft` is TRL's to read, `--help` too.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
     sft.sft

@@ -11,6 +11,11 @@ import typer
 from gelora_plugins.cli.options import listed
 from gelora_plugins.errors import ConfigError
 
+EXAMPLES = (
+    "gelora compare MODEL train.jsonl --task classification --rows-per-seed 600",
+    "gelora compare MODEL train.jsonl --test test.jsonl --task causal-lm --plan plan.json --jobs 2",
+)
+
 
 def compare(
     model: Annotated[str, typer.Argument(help="Directory or hub id of the pretrained model.")],
@@ -62,6 +67,10 @@ def compare(
     """Compare: allocations of ranks, and ways of training them, at equal parameters, on your model and data."""
     from dataclasses import replace
 
+    from gelora_plugins.probe.formats import check_place
+
+    for place in (data, *([test] if test else [])):
+        check_place(place)  # before torch is loaded
     from gelora_plugins.compare.bench import Settings
     from gelora_plugins.compare.run import compare as run
     from gelora_plugins.compare.task import load_task

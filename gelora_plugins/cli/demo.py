@@ -11,6 +11,11 @@ from gelora_plugins.cli.options import default_of, help_of
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import GeLoRAError
 
+EXAMPLES = (
+    "gelora demo",
+    "gelora demo --policy budget --samples 256 -o demo",
+)
+
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter and the report.")] = Path(

@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+EXAMPLES = (
+    "gelora export out/checkpoint-500 served",
+    "gelora export adapter served --rank-multiple 8",
+)
+
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Directory of a saved PEFT LoRA adapter.")],

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError
 
 MOST_RANK = 2**16  # no linear map that is trained today has a longer side
+AsJson = Annotated[
+    bool, typer.Option("--json", help="The report as JSON on standard output, and nothing else; the rest on stderr.")
+]
 _OPTIONS = {field.name: field for field in fields(GeLoRAConfig)}
 
 

@@ -7,10 +7,15 @@ from typing import Annotated
 
 import typer
 
-from gelora_plugins.cli.options import MOST_RANK, default_of, help_of
-from gelora_plugins.cli.shown import show
+from gelora_plugins.cli.options import MOST_RANK, AsJson, default_of, help_of
+from gelora_plugins.cli.shown import show, show_paths
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError
+
+EXAMPLES = (
+    "gelora plan profile.json",
+    "gelora plan profile.json --policy budget --rank 16 --alpha 32 --target-modules q_proj,v_proj -o plan.json",
+)
 
 
 def plan(
@@ -29,6 +34,7 @@ def plan(
     target_modules: Annotated[
         str, typer.Option(help="all-linear, or the endings of module names, with commas: q_proj,v_proj.")
     ] = "all-linear",
+    as_json: AsJson = False,
 ) -> None:
     """Choose: a profile -> one rank per block, for LoraConfig or GeLoRACallback(plan=...). Needs no model."""
     from gelora_plugins import json_files
@@ -43,5 +49,5 @@ def plan(
     config = GeLoRAConfig(policy=policy, rounding=rounding, min_rank=min_rank, scaling=scaling, on_unsure=on_unsure)
     chosen = sure_plan(measured, config, sites, rank, lora_alpha=alpha, use_rslora=rslora)
     chosen.save(output)
-    show(chosen)
-    typer.echo(f"-> {output}")
+    show(chosen, as_json)
+    show_paths([output], as_json)

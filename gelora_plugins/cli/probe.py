@@ -26,6 +26,11 @@ _TASKS = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "masked-lm": "AutoModelForMaskedLM",
 }
+EXAMPLES = (
+    "gelora probe MODEL train.jsonl",
+    "gelora probe MODEL train.jsonl --load-in-4bit --probe-samples 2048 -o profile.json",
+    "gelora probe MODEL train.jsonl --sensitivity  # how much each setting matters",
+)
 
 
 def probe(
@@ -85,12 +90,14 @@ def probe(
         feature_storage=feature_storage,
     )
     from gelora_plugins import json_files, plugins
+    from gelora_plugins.probe.formats import check_fields, check_place, load_rows
 
+    # What can be wrong is looked at in the order of what the look costs, and all of it before a model is loaded.
+    check_place(data)
     plugins.find("estimator", estimator)
     plugins.find("pooling", pooling)
-    from gelora_plugins.probe.formats import load_rows
-
-    dataset = load_rows(data, split)  # a file that cannot be read must not cost the loading of a model
+    dataset = load_rows(data, split)
+    check_fields(dataset.column_names, text_field, data)
     loaded, tokenizer = _load(model, task, dtype, _placed(device, device_map, load_in_4bit))
     rows = _prepared(dataset, loaded, tokenizer, text_field, data, probe_max_length)
     profile = _probe_all(loaded, rows, config, rank, output) if sensitivity else _probe(loaded, rows, config)

@@ -7,21 +7,31 @@ from typing import Annotated
 
 import typer
 
-from gelora_plugins.cli.shown import show
+from gelora_plugins.cli.options import AsJson
+from gelora_plugins.cli.shown import show, show_paths
+
+EXAMPLES = (
+    "gelora report plan.json",
+    "gelora report out -o report  # of a training in out; then open report/report.html",
+    "gelora report out/checkpoint-500 --json",
+)
 
 
 def report(
-    plan: Annotated[Path, typer.Argument(help="What gelora plan, or a training, wrote.")],
+    plan: Annotated[
+        Path, typer.Argument(help="A plan, or the directory of a training, a checkpoint or an adapter that has one.")
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory for report.md, report.json and ranks.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="Directory for report.html, report.md, report.json and ranks.png."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show: the table of a plan, and with -o the files."""
-    from gelora_plugins.ranks.plan import RankPlan
+    """Show: the verdict on a plan and its table, and with -o the files, report.html among them."""
+    from gelora_plugins.ranks.plan import RankPlan, find_plan
     from gelora_plugins.report.rank_report import RankReport
 
-    loaded = RankPlan.load(plan)
-    show(loaded)
+    loaded = RankPlan.load(find_plan(plan))
+    show(loaded, as_json)
     if output is not None:
-        for path in RankReport(loaded).write(output):
-            typer.echo(f"-> {path}")
+        show_paths(RankReport(loaded).write(output), as_json)

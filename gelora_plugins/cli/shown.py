@@ -1,7 +1,9 @@
-"""Tables and sentences on standard output. Heavy imports stand inside the functions."""
+"""Tables, sentences and JSON on standard output. Heavy imports stand inside the functions."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -9,11 +11,19 @@ import typer
 from gelora_plugins.text import printable
 
 
-def show(plan: Any) -> None:
-    """The table of a plan, and the sentences below it."""
+def show(plan: Any, as_json: bool = False) -> None:
+    """The table of a plan and the sentences below it, or the whole report as JSON."""
+    from gelora_plugins import json_files
     from gelora_plugins.report.rank_report import RankReport
 
-    typer.echo(RankReport(plan))
+    report = RankReport(plan)
+    typer.echo(json_files.as_text(report.to_dict()) if as_json else report, nl=not as_json)
+
+
+def show_paths(paths: Iterable[Path], as_json: bool = False) -> None:
+    """Where something was written; on standard error where JSON stands on standard output."""
+    for path in paths:
+        typer.echo(f"-> {path}", err=as_json)
 
 
 def print_table(table: Any, lines: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from gelora_plugins import json_files
 from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
+from gelora_plugins.text import html_table, printable
 
 MIN_POINTS = 50  # below this the 95 % interval of TwoNN is wider than +-28 % of the value
 
@@ -138,6 +139,26 @@ class DimensionProfile:
         for name, value in (self.options or {}).items():
             if not (value is None or isinstance(value, bool | str) or json_files.is_number(value)):
                 raise PlanError(f"The option {name} of a profile is {value!r:.80}; expected a number, a word or None.")
+
+    def __repr__(self) -> str:
+        """Short, for a prompt or a notebook; `to_dict` has all of it."""
+        known = [estimate.value for estimate in self.estimates if estimate.value is not None]
+        values = f", {min(known):.1f} to {max(known):.1f}" if known else ""
+        return (
+            f"<DimensionProfile {printable(self.estimator)}: {len(self.estimates)} boundaries{values}; "
+            f"{self.num_documents:,} documents>"
+        )
+
+    def _repr_html_(self) -> str:
+        """The dimension at every boundary as a table, which a notebook shows."""
+        boundaries = zip(self.layout.blocks, self.layout.block_boundaries(), strict=True)
+        into = {before: block.name for block, (before, _) in boundaries}
+        rows = [(str(b), into.get(b, "-"), str(estimate)) for b, estimate in enumerate(self.estimates)]
+        caption = (
+            f"Intrinsic dimension of {self.num_documents:,} documents, with its 95 % interval: {self.estimator}, "
+            f"{self.pooling} pooling."
+        )
+        return html_table(caption, ("boundary", "leads into", "dimension"), rows)
 
     def growth(self) -> tuple[float | None, ...]:
         """d_{i+1} - d_i for each block i, in the order of `layout.blocks`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,23 @@ def format_of(path: Path) -> str | None:
     return FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
+def check_place(data: str) -> None:
+    """Raises ProbeError where `data` can only be a file and is none. Takes no time: no library is loaded, no hub asked.
+
+    What ends as a file does is an id on the hub only in the form OWNER/NAME, where no folder OWNER is here.
+    """
+    path = Path(data)
+    if format_of(path) and not path.exists() and (len(path.parts) != 2 or data[0] == "." or path.parent.is_dir()):
+        raise ProbeError(f"{data} is no file here and no dataset on the hub. Mend the path.")
+
+
 def load_rows(data: str, split: str) -> Any:
     """A `datasets.Dataset` from a JSONL, Parquet or CSV file (gzipped too), or from the hub by its id.
 
     Raises:
         ProbeError: the file is empty, broken or has another format, or nothing is found.
     """
+    check_place(data)
     import datasets
 
     path = Path(data)
@@ -69,6 +80,21 @@ def are_for_trl(names: Sequence[str], text_field: str | None, installed: bool) -
     return True
 
 
+def check_fields(names: Sequence[str], text_field: str, data: str) -> None:
+    """Raises ProbeError where rows with these fields, of `data`, can be read in no way."""
+    known = {"input_ids", "messages", "conversations", "prompt", "chosen", "completions", text_field} & {*names}
+    if not (known or {"instruction", "output"} <= {*names} or {"text_a", "text_b"} <= {*names}):
+        raise ProbeError(f"{data}: {_no_field(names, text_field)}")
+
+
+def _no_field(names: Iterable[str], text_field: str) -> str:
+    return (
+        f"it has the fields {', '.join(names)}; expected input_ids, messages, conversations, prompt, prompt and "
+        "completion, chosen and rejected, instruction and output, text_a and text_b, or "
+        f"{text_field!r} (--text-field names another)."
+    )
+
+
 class TokenisedRows:
     """A map-style view of `dataset` whose rows have `input_ids`; each row is tokenised when it is read.
 
@@ -102,11 +128,7 @@ class TokenisedRows:
             return dict(self.tokenizer(text_of(row, self.text_field)))
         if "text_a" in row and "text_b" in row:
             return dict(self.tokenizer(text_of(row, "text_a"), text_of(row, "text_b")))
-        raise ProbeError(
-            f"it has the fields {', '.join(row)}; expected input_ids, messages, conversations, prompt, prompt and "
-            "completion, chosen and rejected, instruction and output, text_a and text_b, or "
-            f"{self.text_field!r} (--text-field names another)."
-        )
+        raise ProbeError(_no_field(row, self.text_field))
 
 
 def text_of(row: Mapping[str, Any], field: str) -> str:

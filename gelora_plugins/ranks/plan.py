@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from gelora_plugins import json_files
@@ -12,8 +13,10 @@ from gelora_plugins.config import SCALINGS
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
-from gelora_plugins.text import printable
+from gelora_plugins.plugins import plugin_manager
+from gelora_plugins.text import html_table, printable
 
+PLAN = Path("gelora", "plan.json")  # below an output directory of a training, and below each checkpoint
 MAX_RANK = 2**16  # no linear map of a model that is trained today has a side that is longer
 
 
@@ -122,14 +125,40 @@ class RankPlan:
             if not (json_files.is_number(share) and 0 <= share <= 1):
                 raise PlanError(f"A rank change is {share!r:.80}; expected a share of redraws, 0 to 1.")
 
+    def __repr__(self) -> str:
+        """Short, for a prompt or a notebook; `to_dict` has all of it."""
+        return (
+            f"<RankPlan {printable(self.policy)}: {len(self.ranks)} ranks, {min(self.ranks)} to {max(self.ranks)}; "
+            f"{self.num_parameters:,} parameters, {self.num_base_parameters:,} at r = {self.base_rank}>"
+        )
+
     def __str__(self) -> str:
         """Totals, and one line for each site; the report has the whole table."""
         width = max(len(printable(site.name)) for site in self.sites)
         ranks = (f"{printable(s.name):<{width}}  {rank}\n" for s, rank in zip(self.sites, self.ranks, strict=True))
+        return f"{self._totals()}\n" + "".join(ranks)
+
+    def _repr_html_(self) -> str:
+        """The same as a table, which a notebook shows."""
+        rows = [
+            (site.name, str(rank), f"{rank * site.parameters_per_rank:,}")
+            for site, rank in zip(self.sites, self.ranks, strict=True)
+        ]
+        return html_table(self._totals(), ("block", "rank", "parameters"), rows)
+
+    def _totals(self) -> str:
         return (
             f"LoRA ranks by the policy {printable(self.policy)}: {self.num_parameters:,} parameters, "
-            f"{self.num_base_parameters:,} at r = {self.base_rank}. {self.scaling_note()}\n" + "".join(ranks)
+            f"{self.num_base_parameters:,} at r = {self.base_rank}. {self.scaling_note()}"
         )
+
+    def plot(self) -> Any:
+        """The picture of the plan, a `matplotlib.figure.Figure`: dimensions above, ranks below. A notebook shows it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return plugin_manager().hook.draw_plan(plan=self)
 
     def full_sites(self) -> tuple[Site, ...]:
         """The sites that got the largest rank which their matrices can hold, and more than `base_rank`."""
@@ -270,6 +299,23 @@ class RankPlan:
             min_rank=1 if min_rank is None else min_rank,
             scaling_rule="constant" if scaling_rule is None else scaling_rule,
         )
+
+
+def find_plan(place: str | os.PathLike[str]) -> Path:
+    """The file of the plan at `place`: the file itself, or gelora/plan.json or plan.json of a directory.
+
+    Raises:
+        PlanError: the directory has neither.
+    """
+    if not os.path.isdir(place):
+        return Path(place)
+    found = next((path for path in (Path(place, PLAN), Path(place, PLAN.name)) if path.is_file()), None)
+    if found is None:
+        raise PlanError(
+            f"{os.fspath(place)} has neither {PLAN} nor {PLAN.name}. Give a plan, or the directory of a training, a "
+            "checkpoint or an adapter that GeLoRA chose the ranks of."
+        )
+    return found
 
 
 def _site_from_dict(data: Mapping[str, Any]) -> Site:

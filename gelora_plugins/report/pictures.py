@@ -4,42 +4,60 @@ from __future__ import annotations
 
 import io
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gelora_plugins import json_files
 from gelora_plugins.ranks.verdict import verdict
+from gelora_plugins.report.chart import caption
 from gelora_plugins.text import label
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from gelora_plugins.dimension.profile import DimensionProfile
     from gelora_plugins.ranks.plan import RankPlan
 
 
 def draw(plan: RankPlan, path: str | os.PathLike[str]) -> None:
-    """The dimension at every boundary with its interval above, the ranks below, as PNG, SVG or PDF by the suffix.
+    """Save `figure(plan)` as PNG, SVG or PDF by the suffix.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    json_files.write_bytes(path, _saved(figure(plan), Path(path).suffix[1:]))
+
+
+def figure(plan: RankPlan) -> Figure:
+    """The dimension at every boundary with its interval above, the ranks below, the verdict as the title.
 
     A rank is the paler, the more of the redraws have another.
 
     Raises:
-        ImportError: matplotlib is not installed (`pip install "gelora[plot]"`).
+        ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure  # no pyplot: no window, no global state, whatever backend the user has
+    try:
+        from matplotlib.figure import Figure  # no pyplot: no window, no global state, whatever backend the user has
+    except ImportError as error:
+        raise ImportError('The picture of a plan needs matplotlib: pip install "gelora[plot]".') from error
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    profile = plan.profile
-    _draw_dimensions(profile, above)
+    picture = Figure(figsize=(8, 5), layout="constrained")
+    above, below = picture.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    _draw_dimensions(plan.profile, above)
     _draw_ranks(plan, below)
-    settings = (
-        f"{profile.layout.model_type}: {profile.num_documents} documents, {profile.pooling} pooling, "
-        f"{profile.estimator}; ranks by {plan.policy}"
-    )
-    above.set_title(label(verdict(plan)), fontsize="medium", wrap=True)
-    below.set_xlabel(f"block (each boundary lies between two blocks)\n{label(settings)}")
+    picture.suptitle(label(verdict(plan)), fontsize="medium", wrap=True)
+    picture.supxlabel(label(caption(plan)), fontsize="small", color="dimgray", wrap=True)
+    below.set_xlabel("block (each boundary lies between two blocks)")
+    # A notebook shows no Figure that pyplot has not made, unless it has this (matplotlib 3.11, IPython 9).
+    vars(picture)["_repr_png_"] = partial(_saved, picture, "png")
+    return picture
+
+
+def _saved(picture: Figure, kind: str) -> bytes:
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=Path(path).suffix[1:], dpi=120)
-    json_files.write_bytes(path, drawn.getvalue())
+    picture.savefig(drawn, format=kind, dpi=120)
+    return drawn.getvalue()
 
 
 def _draw_dimensions(profile: DimensionProfile, axes: Any) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from gelora_plugins.ranks.verdict import SETTLED, verdict
 from gelora_plugins.report.pictures import draw
 from gelora_plugins.report.table import COLUMNS, cells, plan_table, render
 from gelora_plugins.report.versions import versions
-from gelora_plugins.text import markdown, printable
+from gelora_plugins.report.web import page
+from gelora_plugins.text import html_table, markdown, printable
 
 if TYPE_CHECKING:
     from gelora_plugins.ranks.plan import RankPlan
@@ -40,6 +42,11 @@ class RankReport:
     def __str__(self) -> str:
         lines = "".join(f"{line}\n" for line in self.lines())
         return f"\n{printable(verdict(self.plan))}\n\n{render(plan_table(self.plan))}\n{lines}"
+
+    def _repr_html_(self) -> str:
+        """The verdict, the table and the lines below it, which a notebook shows."""
+        table = html_table(verdict(self.plan), COLUMNS, cells(self.plan))
+        return table + "".join(f"<p>{escape(line)}</p>" for line in self.lines())
 
     def lines(self) -> list[str]:
         """Totals, cost and notes, one sentence each."""
@@ -79,17 +86,44 @@ class RankReport:
         head = f"# LoRA ranks by GeLoRA\n\n{markdown(verdict(self.plan))}\n\n"
         return f"{head}{table}\n\n" + "".join(f"{markdown(line)}\n\n" for line in self.lines())
 
+    def to_html(self) -> str:
+        """All of it as one page that needs no network, no script and no other file."""
+        return page(self)
+
     def write(self, output_dir: str | os.PathLike[str]) -> list[Path]:
-        """Write plan.json, report.json, report.md and, where matplotlib is installed, ranks.png; return the paths."""
+        """Write plan.json, report.json, report.md, report.html and, where matplotlib is installed, ranks.png.
+
+        Returns the paths.
+        """
         directory = Path(output_dir)
         self.plan.save(directory / "plan.json")
         json_files.write_json(directory / "report.json", self.to_dict())
         json_files.write_text(directory / "report.md", self.to_markdown())
-        paths = [directory / name for name in ("plan.json", "report.json", "report.md")]
+        json_files.write_text(directory / "report.html", self.to_html())
+        paths = [directory / name for name in ("plan.json", "report.json", "report.md", "report.html")]
         if importlib.util.find_spec("matplotlib") is not None:
             paths.append(directory / "ranks.png")
             draw(self.plan, paths[-1])
         return paths
+
+
+def scalars(plan: RankPlan) -> dict[str, float]:
+    """What a plan comes to, in numbers for a tracker: whole where they count something.
+
+    mean_rank; parameters_share, of LoRA parameters with the user's own `r`; blocks_unsure, whose rank changes in more
+    than 5 % of redraws, where that is known; seconds of the measurement.
+    """
+    numbers = {
+        "mean_rank": sum(plan.ranks) / len(plan.ranks),
+        "parameters_share": plan.num_parameters / plan.num_base_parameters,
+        "seconds": plan.profile.seconds,
+    }
+    return numbers | ({"blocks_unsure": _num_unsure(plan)} if plan.rank_changes else {})
+
+
+def _num_unsure(plan: RankPlan) -> int:
+    """Blocks whose rank changes in more than 5 % of redraws."""
+    return sum(share > SETTLED for share in plan.rank_changes)
 
 
 def show(report: RankReport) -> None:
@@ -148,10 +182,9 @@ def _sureness(plan: RankPlan) -> list[str]:
             f"The estimator {plan.profile.estimator} gives no standard errors: how sure the ranks are is not known."
         ]
     num_redraws = max(len(estimate.replicates) for estimate in plan.profile.estimates)
-    unsure = sum(share > SETTLED for share in plan.rank_changes)
     return [
         f"The growth over a block is known to a standard error of {min(known):.2f} to {max(known):.2f}.",
         f"May differ: the share of {num_redraws} redraws of the measured dimensions, from random halves of the "
-        f"documents, in which the policy chooses another rank. It is above {SETTLED:.0%} at {unsure} of "
+        f"documents, in which the policy chooses another rank. It is above {SETTLED:.0%} at {_num_unsure(plan)} of "
         f"{len(plan.ranks)} blocks.",
     ]

@@ -43,7 +43,7 @@ def test_the_log_shows_the_plan(example):
     assert "Scaling 2 everywhere." in example.log
     assert example.log.count("LoRA ranks by GeLoRA") == 1
     names = {path.name for path in (example.output_dir / "gelora").iterdir()}
-    assert {"plan.json", "report.json", "report.md"} <= names
+    assert {"plan.json", "report.json", "report.md", "report.html"} <= names
 
 
 def test_the_loss_falls(example):

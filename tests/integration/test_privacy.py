@@ -32,7 +32,9 @@ def test_the_report_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[
     model = get_peft_model(build("llama", vocab_size=VOCABULARY), LoraConfig(**LORA))
     dataset = [{**row, "labels": row["input_ids"]} for row in ROWS]
     trainer_for(model, tmp_path, GeLoRACallback(GeLoRAConfig(policy="budget")), train_dataset=dataset).train()
-    assert {"plan.json", "report.json", "report.md"} <= {path.name for path in (tmp_path / "gelora").iterdir()}
+    assert {"plan.json", "report.json", "report.md", "report.html"} <= {
+        path.name for path in (tmp_path / "gelora").iterdir()
+    }
     assert leaks(tmp_path / "gelora") == []
     assert "confidential" not in capsys.readouterr().out
 

@@ -49,6 +49,7 @@ def test_processes_share_the_work_have_the_plan_of_one_and_train_alike(
     assert set(alone.ranks) != {4}
     assert tuple(found[0]["ranks"]) == alone.ranks[:: len(alone.ranks) // 3]
     assert [said(tmp_path, i).read_text().count("LoRA ranks by GeLoRA") for i in range(count)] == [1, 0, 0][:count]
+    assert [said(tmp_path, i).read_text().count("gelora/mean_rank") for i in range(count)] == [1, 0, 0][:count]
     measured = [json.loads((tmp_path / f"measured-{i}.json").read_text()) for i in range(count)]
     batches = [16] * 7 + [8]
     assert measured == [batches[i::count] for i in range(count)]

@@ -14,6 +14,7 @@ import typer
 import yaml
 from datasets import Dataset
 from gelora_plugins.integrations.axolotl_cli import gelora as axolotl_gelora
+from gelora_plugins.integrations.trl import EXAMPLE
 from peft import PeftConfig
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch.distributed.run import parse_args as torchrun_arguments
@@ -100,6 +101,10 @@ def test_commands_take_these_arguments(page: Path, workplace: Path) -> None:
     for _, code in blocks(page, "bash"):
         for line in code.replace("\\\n", " ").splitlines():
             check_command(shlex.split(line, comments=True))
+
+
+def test_the_example_of_its_help_is_what_sft_takes(workplace: Path) -> None:
+    check_command(shlex.split(EXAMPLE.removeprefix("Example: ")))
 
 
 def check_command(words: list[str]) -> None:

@@ -94,7 +94,9 @@ def test_a_reporter_that_fails_is_a_warning_and_the_files_and_the_others_come_al
     tmp_path: Path, trackers: tuple[Tracker, Tracker], caplog: pytest.LogCaptureFixture
 ) -> None:
     write_reports(RankReport(make_plan()), tmp_path)
-    assert [set(names) >= {"plan.json", "report.json", "report.md"} for names in trackers[1].seen] == [True]
+    assert [set(names) >= {"plan.json", "report.json", "report.md", "report.html"} for names in trackers[1].seen] == [
+        True
+    ]
     assert "write_report of the gelora plugin 'down' failed: ConnectionError: the tracker is down" in caplog.text
 
 

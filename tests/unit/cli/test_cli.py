@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
+from typer.main import get_command
 
 from gelora_plugins import RankPlan, cli, json_files, mistakes
-from gelora_plugins.errors import ConfigError
+from gelora_plugins.cli import EXAMPLES
+from gelora_plugins.errors import ConfigError, ProbeError
+from gelora_plugins.probe.formats import check_place
 from tests.support.plans import make_plan
 from tests.support.tiny import VOCABULARY, build
 
@@ -59,13 +63,77 @@ def test_probe_plan_and_report(
         monkeypatch, "plan", profile, "--policy", "budget", "--rank", 4, "--target-modules", "q_proj,v_proj", "-o", plan
     )
     capsys.readouterr()
-    run(monkeypatch, "report", plan, "-o", tmp_path / "report")
+    run(monkeypatch, "report", plan, "-o", tmp_path / "gelora")
     shown = capsys.readouterr().out
     loaded = RankPlan.load(plan)
     assert [site.name for site in loaded.sites] == [f"model.layers.{i}" for i in range(3)]
     assert loaded.num_base_parameters == 4 * 3 * (16 + 16 + 16 + 8)
     assert all(site.name in shown for site in loaded.sites)
-    assert (tmp_path / "report" / "ranks.png").is_file()
+    written = {path.name for path in (tmp_path / "gelora").iterdir()}
+    assert written == {"plan.json", "report.html", "report.json", "report.md", "ranks.png"}
+    plan.unlink()
+    for place in (tmp_path, tmp_path / "gelora"):  # of a training, and of a report
+        run(monkeypatch, "report", place)
+        assert capsys.readouterr().out in shown
+
+
+@pytest.mark.parametrize("command", ["report", "plan"])
+def test_standard_output_is_json_alone_where_that_is_asked_for(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "source.json", tmp_path / "out"
+    json_files.write_json(source, make_plan().to_dict() if command == "report" else make_plan().profile.to_dict())
+    run(monkeypatch, command, source, "--json", "-o", output)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["kind"] == "rank_report"
+    assert found["plan"] == json.loads((output if command == "plan" else output / "plan.json").read_text())
+    assert f"-> {output}" in printed.err
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_a_command_are_what_it_takes(name: str) -> None:
+    command = get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    assert EXAMPLES[name]
+    for example in EXAMPLES[name]:
+        program, said, *rest = shlex.split(example, comments=True)
+        assert (program, said) == ("gelora", name)
+        command.make_context(name, rest)
+        assert example in command.epilog
+
+
+def test_every_command_has_examples() -> None:
+    assert {*EXAMPLES, "sft"} == set(get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("data", ["nothing.jsonl", "nothing.csv.gz", "./a/b.json", "a/b/c.parquet", "/nothing/a.csv"])
+@pytest.mark.parametrize("command", [["probe"], ["compare", "--task", "classification"]])
+def test_a_mistyped_file_costs_no_loading_of_anything(command: list[str], data: str) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from gelora_plugins.cli import app;"
+        f"print(CliRunner().invoke(app, {[*command, 'MODEL', data]!r}).exception);"
+        "print('HEAVY', sorted({'torch', 'transformers', 'peft', 'trl', 'numpy', 'datasets'} & set(sys.modules)))"
+    )
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"{data} is no file here and no dataset on the hub" in text
+    assert "HEAVY []" in text
+
+
+def test_what_can_be_on_the_hub_is_looked_for_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("imdb", "stanfordnlp/imdb", "owner/rows.json"):
+        check_place(name)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(ProbeError, match=r"^owner/rows\.json is no file here"):
+        check_place("owner/rows.json")
+
+
+def test_rows_without_a_known_field_are_named_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"words": "a"}\n')
+    said = refused(monkeypatch, capsys, "probe", tmp_path / "no model here", tmp_path / "rows.jsonl")
+    assert "rows.jsonl: it has the fields words; expected input_ids" in said
 
 
 def test_probe_sensitivity(
@@ -168,6 +236,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "binary configuration file": (["sft", "--config", "{binary}"], "the file of --config, cannot be used"),
     "no profile": (["plan", "{tmp}/nothing.json"], "nothing.json cannot be read"),
     "not a profile": (["plan", "{data}"], "is not JSON"),
+    "no plan there": (["report", "{model}"], "model has neither gelora/plan.json nor plan.json. Give a plan, or"),
     "not a plan": (["report", "{model}/config.json"], "is no usable rank plan"),
     "no such storage": (
         ["probe", "{model}", "{data}", "--feature-storage", "x"],

@@ -1,0 +1,103 @@
+"""report.html: one file that needs no network, no script and no other file. Needs no torch."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from gelora_plugins.ranks.verdict import verdict
+from gelora_plugins.report import chart
+from gelora_plugins.report.table import COLUMNS, cells
+from gelora_plugins.report.versions import versions
+from gelora_plugins.text import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from gelora_plugins.dimension.profile import DimensionProfile
+    from gelora_plugins.ranks.plan import RankPlan
+    from gelora_plugins.report.rank_report import RankReport
+
+
+def page(report: RankReport, now: datetime | None = None) -> str:
+    """The report as HTML.
+
+    Args:
+        now: when it is written, with a time zone; the moment of the call if not given. A plan records no date.
+    """
+    plan, profile = report.plan, report.plan.profile
+    return _template().render(
+        model=profile.model_name or profile.layout.model_type,
+        verdict=verdict(plan),
+        facts=_facts(plan, (now or datetime.now(UTC)).astimezone(UTC)),
+        chart=chart.chart(plan),
+        size=(chart.WIDTH, chart.HEIGHT, chart.LEFT, chart.RIGHT, *chart.DIMENSIONS, *chart.RANKS),
+        caption=chart.caption(plan),
+        plan=plan,
+        columns=COLUMNS,
+        rows=cells(plan),
+        lines=report.lines(),
+        settings=_settings(plan),
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    def shown(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) else value
+
+    environment = Environment(
+        loader=PackageLoader("gelora_plugins.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=shown,  # no control characters, no turns of the direction of writing: every value may be a stranger's
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")
+
+
+def _facts(plan: RankPlan, now: datetime) -> dict[str, str]:
+    """What a reader asks first: which model, which data, what came out, when."""
+    profile = plan.profile
+    mean = sum(plan.ranks) / len(plan.ranks)
+    return {
+        "Model": f"{_model(profile)}, {len(profile.layout.blocks)} blocks",
+        "Data": f"{profile.num_documents:,} documents, {profile.num_tokens:,} tokens",
+        "Ranks": f"{min(plan.ranks)} to {max(plan.ranks)}, mean {mean:.2f}",
+        "LoRA parameters": f"{plan.num_parameters:,}, {plan.num_parameters / plan.num_base_parameters:.0%} of those at "
+        f"r = {plan.base_rank}",
+        "Written": f"{now:%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def _model(profile: DimensionProfile) -> str:
+    kind = profile.layout.model_type
+    return f"{profile.model_name} ({kind})" if profile.model_name else kind
+
+
+def _settings(plan: RankPlan) -> dict[str, str]:
+    """The options that the plan and its measurement followed, and what tells the data and the model from others."""
+    profile = plan.profile
+    settings: dict[str, Any] = {
+        "r": plan.base_rank,
+        "lora_alpha": f"{plan.lora_alpha:g}",
+        "use_rslora": plan.use_rslora,
+        "policy": plan.policy,
+        "rounding": plan.rounding,
+        "min_rank": plan.min_rank,
+        "scaling": plan.scaling_rule,
+        "estimator": profile.estimator,
+        "pooling": profile.pooling,
+        "probe_seed": profile.seed,
+        "standardise": profile.standardise,
+        "target_std_error": profile.target_std_error,
+        **(profile.options or {}),
+        "SHA-256 of the token ids": profile.data_fingerprint,
+        "fingerprint of the weights": profile.model_fingerprint,
+    }
+    return {name: str(value) for name, value in settings.items() if value is not None}
