@@ -59,7 +59,7 @@ def within_budget(needs: Sequence[float], sites: Sequence[Site], base_rank: int,
     total = base_rank * sum(costs)
     most = [site.most(base_rank) for site in sites]
     least = [min(min_rank, bound) for bound in most]
-    exact = _proportional([Fraction(need) for need in needs], costs, least, most, total)
+    exact = proportional([Fraction(need) for need in needs], costs, least, most, total)
     ranks = [math.floor(share) for share in exact]
     left = total - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     order = sorted(range(len(sites)), key=lambda i: (ranks[i] - exact[i], i))  # largest remainder first
@@ -75,7 +75,7 @@ def uniform(profile: DimensionProfile, sites: Sequence[Site], base_rank: int, co
     return [base_rank] * len(sites)
 
 
-def _proportional(
+def proportional(
     needs: Sequence[Fraction], costs: Sequence[int], least: Sequence[int], most: Sequence[int], total: int
 ) -> list[Fraction]:
     """Shares proportional to `needs`, from `least` to `most`, that cost `total` together. Exact arithmetic.
