@@ -26,6 +26,7 @@ from gelora_plugins.ranks.plan import Site, layout_sites, named
 from gelora_plugins.report.versions import versions
 
 _TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16", "rows_per_seed")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _VERSIONS = ("gelora", "torch", "transformers", "peft")
 
 
@@ -259,6 +260,24 @@ def device() -> str:
         return torch.cuda.get_device_name()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if accelerator is None else accelerator.type
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR.exists():
+        CLEAR.write_text("5")  # Linux: the process's peak starts anew (proc_pid_clear_refs(5))
+
+
+def peak_memory() -> int | None:
+    """Bytes, of the accelerator, else of the process; None where that cannot be known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if not STATUS.exists():
+        return None
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gelora_plugins.compare.results import Result
+from gelora_plugins.compare.results import Parts, Result
 from gelora_plugins.compare.stats import (
     NO_VERDICT,
     NOT_TOLD,
@@ -46,9 +46,11 @@ class Contrast:
         said = f"{self.task}, {self.row}: {self.ours} is {_as_words(self.verdict, self.theirs)}"
         if d.interval == (0.0, 0.0):
             return f"{said}: the scores are the same."
+        rows = f" and {d.rows:,} test rows" if d.rows else ""
         return (
             f"{said} (difference {d.mean:+.3g}, 95 % {d.interval[0]:+.3g} to {d.interval[1]:+.3g}, corrected p "
-            f"{self.corrected_p:.2g}; the smallest difference that {d.seeds} seeds could have shown: {d.smallest:.2g})."
+            f"{self.corrected_p:.2g}; the smallest difference that {d.seeds} seeds{rows} could have shown: "
+            f"{d.smallest:.2g})."
         )
 
 
@@ -90,15 +92,19 @@ def contrasts_of(results: Sequence[Result], margins: Mapping[str, float]) -> Ite
 def _difference(ours: Result, theirs: Result) -> Difference:
     """At their rates; as sure as it is at each pair of rates that could as well have been chosen."""
     sign = 1.0 if ours.higher_is_better else -1.0
-    pairs = [
-        paired_difference([sign * score for score in first], [sign * score for score in second])
-        for first in _could_be(ours)
-        for second in _could_be(theirs)
-    ]
+    pairs = []
+    for first, of_first in _could_be(ours):
+        for second, of_second in _could_be(theirs):
+            left, right = ([sign * score for score in scores] for scores in (first, second))
+            rows = [[[sign * part for part in of_seed] for of_seed in parts] for parts in (of_first, of_second)]
+            pairs.append(paired_difference(left, right, (rows[0], rows[1]) if all(rows) else None))
     return worst(pairs)
 
 
-def _could_be(result: Result) -> list[Sequence[float]]:
-    """Its scores, and those at the rates that could as well have been chosen."""
-    others = [around.scores for around in result.around if around.as_good and not around.diverged]
-    return [result.scores, *([score for score in scores if score is not None] for scores in others)]
+def _could_be(result: Result) -> list[tuple[Sequence[float], Parts]]:
+    """Its scores and their parts, and those at the rates that could as well have been chosen."""
+    others = [around for around in result.around if around.as_good and not around.diverged]
+    return [
+        (result.scores, result.parts),
+        *(([score for score in around.scores if score is not None], around.parts) for around in others),
+    ]

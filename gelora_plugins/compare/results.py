@@ -14,6 +14,8 @@ from gelora_plugins.compare.record import diverged, made_of, read_lines
 from gelora_plugins.compare.stats import Difference, mean_interval, paired_difference
 from gelora_plugins.errors import PlanError
 
+Parts = tuple[tuple[float, ...], ...]
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -38,11 +40,13 @@ class Around:
     Attributes:
         scores: as of `Result`; None of one that diverged.
         as_good: whether this rate could as well have been chosen, see `rates.py`.
+        parts: as of `Result`.
     """
 
     rate: float
     scores: tuple[float | None, ...]
     as_good: bool
+    parts: Parts = ()
 
     @property
     def diverged(self) -> str:
@@ -76,6 +80,7 @@ class Result:
         peak_memory: bytes, the highest of the seeds; None where unknown.
         ranks: one tuple per distinct recipe, one rank per block, of EVA the mean over the block's target modules;
             empty for the rest.
+        parts: for each seed what each test row adds to the score, see `scoring.parts_of`; empty in older records.
         share_of_best, share_of_parameters: mean score and parameters beside those of the uniform rank that a search
             over the grid takes: the best on the training rows that are held out while rates are chosen. Of losses the
             other way round, so that less than 1 is worse. None where there is no grid, or one rate.
@@ -103,6 +108,7 @@ class Result:
     stable: float | None = None
     cliff: float | None = None
     around: tuple[Around, ...] = ()
+    parts: Parts = ()
 
     @property
     def choosing_runs(self) -> int:
@@ -218,7 +224,13 @@ def _result(
         stable=search["stable"] if search else None,
         cliff=search["cliff"] if search else None,
         around=around,
+        parts=_parts(made, _unit(experiment)),
     )
+
+
+def _parts(made: Sequence[Mapping[str, Any]], unit: float) -> Parts:
+    found = [run.get("parts") for run in made]
+    return () if None in found else tuple(tuple(unit * part for part in parts or ()) for parts in found)
 
 
 def _around(
@@ -228,7 +240,8 @@ def _around(
     for other in method.get("others", ()):
         made = [lines[key] for key in other["keys"]]
         scores = tuple(None if diverged(run) else _unit(experiment) * run["score"] for run in made)
-        found.append(Around(other["rate"], scores, other["rate"] in method["search"]["as_good"]))
+        as_good = other["rate"] in method["search"]["as_good"]
+        found.append(Around(other["rate"], scores, as_good, _parts(made, _unit(experiment))))
     return tuple(sorted(found, key=lambda around: around.rate))
 
 

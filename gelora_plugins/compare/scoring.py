@@ -1,4 +1,4 @@
-"""The score of what a model answers, its loss, and the loss of the constant answer."""
+"""The score of what a model answers, what each row adds to it, its loss, and the loss of the constant answer."""
 
 from __future__ import annotations
 
@@ -22,42 +22,68 @@ def evaluate(
     batch_size: int,
     *,
     bf16: bool = False,
-) -> tuple[float, float]:
-    """(score, loss) of `model` on encoded rows. The loss is the mean per token that counts, or per row.
+) -> tuple[float, float, list[float]]:
+    """(score, loss, what each row adds to the score) of `model` on encoded rows, in their order; see `parts_of`.
 
-    It is computed from the logits: the loss that PEFT 0.21 returns for AdaLoRA has its regulariser in it.
+    The loss is the mean per token that counts, or per row. It is computed from the logits: the loss that PEFT 0.21
+    returns for AdaLoRA has its regulariser in it.
     """
     model.eval()
     device = next(model.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    total, count = 0.0, 0
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
     answers: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for start in range(0, len(ordered), batch_size):
-            batch = {name: x.to(device) for name, x in collator(ordered[start : start + batch_size]).items()}
+        for start in range(0, len(order), batch_size):
+            taken = [rows[i] for i in order[start : start + batch_size]]
+            batch = {name: x.to(device) for name, x in collator(taken).items()}
             target = batch.pop("labels")
             logits = model(**batch).logits.float()
-            loss, counted = _summed_loss(collator.kind, logits, target)
-            total, count = total + loss, count + counted
+            of_rows, counted = _loss_by_row(collator.kind, logits, target)
+            losses.append(of_rows.double().cpu())
+            counts.append(counted.cpu())
             if metric != "loss":
                 answers.append((logits.argmax(-1) if collator.kind == "classification" else logits.squeeze(-1)).cpu())
                 labels.append(target.cpu())
-    loss = total / max(count, 1)
+    by_row, count = torch.cat(losses).numpy(), max(int(torch.cat(counts).sum()), 1)
+    loss = float(by_row.sum() / count)
     if metric == "loss":
-        return loss, loss
-    return SCORES[metric](torch.cat(answers).numpy(), torch.cat(labels).numpy()), loss
+        score, parts = loss, by_row * len(rows) / count
+    else:
+        given, true = torch.cat(answers).numpy(), torch.cat(labels).numpy()
+        score, parts = SCORES[metric](given, true), parts_of(SCORES[metric], given, true)
+    placed = np.empty(len(rows))
+    placed[order] = parts
+    return score, loss, placed.tolist()
 
 
-def _summed_loss(kind: str, logits: Tensor, target: Tensor) -> tuple[float, int]:
+def _loss_by_row(kind: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(summed loss, number of what counts) of each row of a batch."""
     functional = torch.nn.functional
     if kind == "causal-lm":
         following = target[:, 1:]
-        loss = functional.cross_entropy(logits[:, :-1].transpose(1, 2), following, reduction="sum")
-        return loss.item(), int((following != IGNORED_LABEL).sum())
+        loss = functional.cross_entropy(logits[:, :-1].transpose(1, 2), following, reduction="none")
+        return loss.sum(1), (following != IGNORED_LABEL).sum(1)
     if kind == "classification":
-        return functional.cross_entropy(logits, target, reduction="sum").item(), len(target)
-    return functional.mse_loss(logits.reshape(target.shape), target, reduction="sum").item(), target.numel()
+        return functional.cross_entropy(logits, target, reduction="none"), torch.ones_like(target)
+    loss = functional.mse_loss(logits.reshape(target.shape), target, reduction="none").reshape(len(target), -1)
+    return loss.sum(1), torch.full((len(target),), loss.shape[1])
+
+
+def parts_of(metric: Callable[[Any, Any], float], answers: Any, labels: Any) -> Any:
+    """What each row adds to a score, (rows,) float64 whose mean is the score: how luck in the rows can be judged.
+
+    Of accuracy 1 for a right answer, 0 for a wrong one. Of others by the jackknife (Efron and Stein 1981): how the
+    score changes when a row is left out, times their number but one.
+    """
+    count, score = len(labels), metric(answers, labels)
+    if metric is _accuracy:
+        return (answers == labels).astype(float)
+    kept = ~np.eye(count, dtype=bool)
+    without = np.array([metric(answers[rows], labels[rows]) for rows in kept])
+    return score + (count - 1) * (without.mean() - without)
 
 
 def _accuracy(answers: Any, labels: Any) -> float:

@@ -27,6 +27,7 @@ class Difference:
         smallest: the smallest true difference that this many seeds show with 80 % power at the 5 % level; None with
             fewer than three seeds.
         seeds: how many differences.
+        rows: how many test rows the interval takes for a draw, too; 0 where it takes them as they are.
     """
 
     mean: float
@@ -34,6 +35,7 @@ class Difference:
     p: float
     smallest: float | None
     seeds: int
+    rows: int = 0
 
 
 def mean_interval(scores: Sequence[float]) -> tuple[float, float | None]:
@@ -45,8 +47,15 @@ def mean_interval(scores: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(scores, ddof=1) / math.sqrt(n))
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """`ours` minus `theirs`, seed by seed, by Student's paired t test.
+def paired_difference(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    parts: tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]] | None = None,
+) -> Difference:
+    """`ours` minus `theirs`, seed by seed, by Student's paired t test; with `parts` by `two_way`.
+
+    Args:
+        parts: of ours and of theirs what each test row adds to the score, one sequence for each seed.
 
     For five normal differences the 95 % interval of the percentile bootstrap holds the true mean 84 % of the time, that
     of t 94 %. A studentised bootstrap comes to 98 %, but with five seeds some resamples have next to no spread, and one
@@ -58,11 +67,40 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
         return Difference(mean, None, 1.0, None, n)
     if np.ptp(differences) <= 1e-12 * abs(mean):  # the same difference at every seed: a sign test is what is left
         return Difference(mean, (mean, mean), 1.0 if mean == 0 else 2.0 / 2**n, 0.0, n)
+    if parts is not None:
+        error, freedom = two_way(np.asarray(parts[0], dtype=float) - np.asarray(parts[1], dtype=float))
+        quantile = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
+        interval = (mean - quantile * error, mean + quantile * error)
+        p, least = 2 * float(stats.t.sf(abs(mean) / error, freedom)), quantile + float(stats.t.ppf(POWER, freedom))
+        return Difference(mean, interval, p, least * error, n, len(parts[0][0]))
     found = stats.ttest_1samp(differences, 0.0)
     low, high = found.confidence_interval(LEVEL)
     return Difference(
         mean, (float(low), float(high)), float(found.pvalue), smallest_difference(differences.tolist()), n
     )
+
+
+def two_way(differences: np.ndarray) -> tuple[float, float]:
+    """(standard error, degrees of freedom) of the mean of (seeds, rows), where both are draws.
+
+    From the mean squares of the two-way layout without replication: seeds + rows - rest, over their number, is without
+    bias for the variance of the mean; where it is below either alone, the larger of those is taken. Degrees of freedom
+    are Satterthwaite's (1946).
+    """
+    seeds, rows = differences.shape
+    by_seed, by_row, mean = differences.mean(1), differences.mean(0), differences.mean()
+    rest = differences - by_seed[:, None] - by_row[None, :] + mean
+    squares = {
+        seeds - 1: rows * by_seed.var(ddof=1),
+        rows - 1: seeds * by_row.var(ddof=1),
+        (seeds - 1) * (rows - 1): (rest**2).sum() / ((seeds - 1) * (rows - 1)),
+    }
+    of_seeds, of_rows, of_rest = squares.values()
+    both = of_seeds + of_rows - of_rest
+    if both >= max(of_seeds, of_rows):
+        return math.sqrt(both / (seeds * rows)), both**2 / sum(square**2 / count for count, square in squares.items())
+    alone = (of_seeds, seeds - 1) if of_seeds > of_rows else (of_rows, rows - 1)
+    return math.sqrt(alone[0] / (seeds * rows)), alone[1]
 
 
 def worst(differences: Sequence[Difference]) -> Difference:

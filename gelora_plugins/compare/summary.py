@@ -27,6 +27,14 @@ CAVEAT_DRAWN = (
     "Seeds vary the head, the adapter, the training rows and their order, not the test rows, nor the rows on which "
     "ranks were measured. Before you believe a difference, try it on other test rows."
 )
+CAVEAT_ROWS = (
+    "Intervals take in the luck of the seeds and of the test rows, not of the training rows. Before you believe a "
+    "difference, let each seed draw its own rows, or try it on others."
+)
+CAVEAT_ROWS_DRAWN = (
+    "Intervals take in the luck of the seeds, with the training rows that each drew, and of the test rows; not that of "
+    "the rows on which ranks were measured, nor of another task."
+)
 _COLUMNS = (
     "method",
     "parameters",
@@ -110,7 +118,11 @@ class Comparison:
         if edge:
             lines.append(f"The best learning rate was the lowest or highest of the grid for: {'; '.join(edge)}.")
         drawn = all(experiment["settings"].get("rows_per_seed") for experiment in self.experiments)
-        return [*lines, CAVEAT_DRAWN if drawn else CAVEAT] if self.contrasts else lines
+        if not self.contrasts:
+            return lines
+        if all(contrast.difference.rows for contrast in self.contrasts):
+            return [*lines, CAVEAT_ROWS_DRAWN if drawn else CAVEAT_ROWS]
+        return [*lines, CAVEAT_DRAWN if drawn else CAVEAT]
 
     def _counts(self) -> Iterator[str]:
         groups: dict[tuple[str, str, str], list[str]] = {}
@@ -130,8 +142,8 @@ class Comparison:
                 {**experiment["task"], "model": experiment["model"], "settings": experiment["settings"]}
                 for experiment in self.experiments
             ],
-            "results": [asdict(result) for result in self.results],
-            "contrasts": [asdict(contrast) for contrast in self.contrasts],
+            "results": [_without_parts(asdict(result)) for result in self.results],
+            "contrasts": [_without_no_rows(asdict(contrast)) for contrast in self.contrasts],
             "lines": self.lines(),
         }
 
@@ -211,6 +223,20 @@ class Comparison:
                 paths.append(directory / "rates.png")
                 draw_rates(tasks, self.results, paths[4])
         return paths
+
+
+def _without_parts(result: dict[str, Any]) -> dict[str, Any]:
+    """As runs.jsonl has them, and they are long."""
+    for each in (result, *result["around"]):
+        del each["parts"]
+    return result
+
+
+def _without_no_rows(contrast: dict[str, Any]) -> dict[str, Any]:
+    """As the contrasts of older records are, whose runs do not say what each test row adds."""
+    if not contrast["difference"]["rows"]:
+        del contrast["difference"]["rows"]
+    return contrast
 
 
 def _head(experiment: Mapping[str, Any]) -> Iterator[str]:

@@ -9,9 +9,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
 from safetensors import safe_open
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gelora_plugins.compare.allocations import METHODS, TOLERANCE, Recipe, lora
-from gelora_plugins.compare.bench import Bench, quiet
+from gelora_plugins.compare.bench import Bench, peak_memory, quiet, reset_peak_memory
 from gelora_plugins.compare.record import Run
 from gelora_plugins.compare.scoring import constant_loss, evaluate
 from gelora_plugins.compare.task import split_fifth
@@ -32,7 +32,6 @@ HEADS = ("classifier", "score")  # what PEFT 0.21 trains beside the adapter of a
 RHO = 2.0  # EVA may give a module up to this many times its even share; the best value of its paper
 EVA_ROUNDS = 5
 logger = logging.getLogger(__name__)
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def attempt(bench: Bench, made: Run, threads: int | None = None) -> dict[str, Any] | str:
@@ -62,14 +61,15 @@ def run(bench: Bench, made: Run) -> dict[str, Any]:
     Returns:
         score and loss (None where they are no numbers), constant_loss (of the constant answer; of a causal-lm that of
         the model before training), seconds (of the training alone), peak_memory (bytes: of the accelerator, else of the
-        process; None where that cannot be known), lora_parameters and head_parameters (counted on the trained model).
+        process; None where that cannot be known), lora_parameters and head_parameters (counted on the trained model),
+        parts (what each test row adds to the score; not of a run that chooses).
 
     Raises:
         PlanError: the trained model has not the LoRA parameters that were planned.
     """
     drawn, recipe = bench.drawn(made.seed), made.recipe
     rows, scored = split_fifth(drawn, made.seed % 5) if made.choosing else (drawn, bench.test)
-    _reset_peak_memory()
+    reset_peak_memory()
     steps = total_steps(bench, len(drawn))
     method, first = method_of(bench, recipe)
     model = adapted(bench, replace(recipe, ranks=first), made.seed, steps)
@@ -78,19 +78,20 @@ def run(bench: Bench, made: Run) -> dict[str, Any]:
     lora = _count(model, bench, recipe)
     if abs(lora - recipe.parameters) >= TOLERANCE * recipe.parameters:
         raise PlanError(f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned.")
-    score, loss = _evaluate(bench, model, scored)
+    score, loss, parts = _evaluate(bench, model, scored)
     return {
         "score": score if math.isfinite(score) and math.isfinite(loss) else None,  # argmax makes 0 of NaN: an answer
         "loss": loss if math.isfinite(loss) else None,
         "constant_loss": constant if math.isfinite(constant) else None,
         "seconds": seconds,
-        "peak_memory": _peak_memory(),
+        "peak_memory": peak_memory(),
         "lora_parameters": lora,
         "head_parameters": 0 if recipe.kind == "full" else sum(p.numel() for p in head_of(model)),
+        **({} if made.choosing or not np.isfinite(parts).all() else {"parts": [float(f"{x:.6g}") for x in parts]}),
     }
 
 
-def _evaluate(bench: Bench, model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+def _evaluate(bench: Bench, model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, list[float]]:
     settings = bench.settings
     return evaluate(model, rows, bench.collator, bench.task.metric, 4 * settings.batch_size, bf16=settings.bf16)
 
@@ -332,19 +333,3 @@ def _count(model: Any, bench: Bench, recipe: Recipe) -> int:
         singular = model.get_submodule(f"base_model.model.{name}").lora_E["default"]
         total += int((singular != 0).sum()) * (linear.in_features + linear.out_features)
     return total
-
-
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif CLEAR.exists():
-        CLEAR.write_text("5")  # Linux: the process's peak starts anew (proc_pid_clear_refs(5))
-
-
-def _peak_memory() -> int | None:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if not STATUS.exists():
-        return None
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])

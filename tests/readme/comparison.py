@@ -198,6 +198,20 @@ def sweep() -> str:
     )
 
 
+def two_way() -> str:
+    recorded = json.loads((RESULTS / "two_way.json").read_text())
+    lines = [
+        "| seeds | whose luck differs | seeds and rows: holds | width | seeds alone: holds | width |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['seeds']} | {row['luck']} | {row['two_way_coverage']:.1%} | {row['two_way_width']:.1f} | "
+        f"{row['seeds_coverage']:.1%} | {row['seeds_width']:.1f} |"
+        for row in recorded["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def null() -> str:
     """How often a method is told apart from itself."""
     found = json.loads((RESULTS / "compare_null.json").read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from tests.readme.comparison import (
     smallest,
     sweep,
     tuned,
+    two_way,
     verdicts,
 )
 from tests.readme.start import command_line, first_screen, quickstart, quickstart_report
@@ -247,6 +248,7 @@ PARTS: dict[str, Callable[[], str]] = {
         tuned,
         sweep,
         null,
+        two_way,
     )
 }
 PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)

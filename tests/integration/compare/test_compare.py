@@ -71,6 +71,9 @@ def test_training_methods_are_arms_and_rate_only_has_the_scalings_of_the_plan(
         *("flat_lora sigma=0 on mine", "flat_lora sigma=0", "flat_lora sigma=0 on rate_only"),
         *("flat_lora on mine", "flat_lora", "flat_lora on rate_only"),
     ]
+    for line in read_lines(tmp_path / "tiny" / "runs.jsonl").values():
+        assert len(line["parts"]) == len(bench.test)
+        assert math.fsum(line["parts"]) / len(bench.test) == pytest.approx(line["score"], abs=1e-12)
     runs = {line["method"]: line["loss"] for line in read_lines(tmp_path / "tiny" / "runs.jsonl").values()}
     assert runs["flat_lora sigma=0 on mine"] == runs["mine"] != runs["flat_lora on mine"]
     assert len({result.parameters for result in found.results}) == 1

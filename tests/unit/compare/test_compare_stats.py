@@ -13,6 +13,7 @@ from gelora_plugins.compare.stats import (
     paired_difference,
     pareto,
     smallest_difference,
+    two_way,
     verdict,
 )
 
@@ -111,3 +112,32 @@ def test_the_front_holds_what_nothing_beats() -> None:
     points = [(1, 70.0), (2, 80.0), (4, 75.0), (8, 80.0), (8, 85.0)]
     assert pareto(points) == [0, 1, 4]
     assert pareto([(1, math.pi), (1, math.pi)]) == [0, 1]
+
+
+def test_the_error_of_a_mean_over_seeds_and_rows_is_that_of_the_layout() -> None:
+    """Rows that differ and seeds that do not: the error is that of the rows, as if there were one seed."""
+    rows = np.array([3.0, -1.0, 4.0, 1.0, -5.0, 9.0])
+    error, freedom = two_way(np.tile(rows, (4, 1)))
+    assert error == pytest.approx(stats.sem(rows))
+    assert freedom == 5
+    error, freedom = two_way(np.tile(rows[:, None], (1, 7)))
+    assert error == pytest.approx(stats.sem(rows))
+    assert freedom == 5
+
+
+def test_intervals_hold_the_true_difference_where_test_rows_are_a_draw() -> None:
+    """Here the luck of the rows is twice that of the seeds; by seeds alone the interval holds it in about half."""
+    rng = np.random.default_rng(1)
+    held: list[tuple[bool, bool]] = []
+    for _ in range(300):
+        parts = rng.normal(0, 2, (5, 1)) + rng.normal(0, 40, 100) + rng.normal(0, 20, (5, 100))
+        zeros, scores = np.zeros((5, 100)), parts.mean(1)
+        both = paired_difference(scores, [0.0] * 5, (parts, zeros))
+        alone = paired_difference(scores, [0.0] * 5)
+        assert both.interval is not None
+        assert alone.interval is not None
+        held.append((both.interval[0] <= 0 <= both.interval[1], alone.interval[0] <= 0 <= alone.interval[1]))
+        assert (both.rows, alone.rows) == (100, 0)
+    covered = np.mean(held, axis=0)
+    assert 0.92 <= covered[0] <= 0.99
+    assert covered[1] <= 0.75

@@ -161,10 +161,12 @@ def test_padding_and_prompts_are_not_in_the_loss() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
             return SimpleNamespace(logits=self.table[input_ids])
 
-    score, loss = evaluate(Bigrams(), rows, Collator("causal-lm", 0), "loss", batch_size=2)
+    score, loss, parts = evaluate(Bigrams(), rows, Collator("causal-lm", 0), "loss", batch_size=2)
     pairs = [(2, 3), (3, 4), (1, 3)]
     expected = -sum(logits.log_softmax(-1)[before, after].item() for before, after in pairs) / 3
     assert score == loss == pytest.approx(expected, rel=1e-5)
+    by_pair = [-2 / 3 * logits.log_softmax(-1)[before, after].item() for before, after in pairs]
+    assert parts == pytest.approx([by_pair[0] + by_pair[1], by_pair[2]], rel=1e-5), "in the order of the rows"
 
 
 def test_the_constant_answer_is_that_of_the_training_rows() -> None:
