@@ -11,11 +11,13 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that spin while they wait make a machine with other work on it several times slower.
 export OMP_WAIT_POLICY := passive
 
+METHODS := lora,adalora,beamlora,cola,diffora,flat_lora,lora_pro,rm_lora,sora,xgblora
+
 # docs: the site, in build/docs; a broken link is an error.
 TEST := lint types docs unit integration faults e2e
 REST := pip axolotl-0.19 axolotl-0.21
 
-.PHONY: demo compare-small test test-all test-perturbed $(TEST) $(REST) mutants environment lock clean
+.PHONY: demo compare-small compare-methods test test-all test-perturbed $(TEST) $(REST) mutants environment lock clean
 demo: environment
 	$(MAIN)/bin/gelora demo
 
@@ -34,12 +36,17 @@ $(TEST) $(REST):
 test-perturbed: environment
 	@$(PYTHON3) .ci/perturbed.py
 
-# The whole protocol of a comparison, in about 115 trainings on 120 rows: the head's rate, two methods with theirs, their
+# The whole protocol of a comparison, in about 115 trainings on 96 rows: the head's rate, two allocations with theirs, their
 # neighbours, and the picture of score against rate. What comes out is checked against the record, if there is one.
 compare-small: environment
-	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 120 --plans budget \
+	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 96 --test-rows 200 --plans budget \
 	  --allocations plan,uniform --methods lora --jobs $(CORES) --output compare-small
 	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python -m benchmarks.compare.check compare-small; fi
+
+# Every training method and LoRA, at equal parameters, by the same protocol with three seeds: a first look, not a verdict.
+compare-methods: environment
+	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 64 --test-rows 100 --seeds 3 \
+	  --rate-seeds 3 --allocations uniform --methods $(METHODS) --jobs $(CORES) --output compare-methods
 
 # Which changes of the engine's code no test notices (about two hours); the answer is in benchmarks/results/mutants.json.
 mutants: environment

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.machine import RESULTS, machine
 from gelora_plugins import GeLoRAConfig, json_files
+from gelora_plugins.compare.allocations import OF_A_PLAN
 from gelora_plugins.compare.bench import Bench, Settings
 from gelora_plugins.compare.run import compare, default_plans
 from gelora_plugins.compare.task import Task, load_task
@@ -130,6 +131,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rate-seeds", type=int, default=5, help="seeds that choose the rates")
     parser.add_argument("--head-rate", type=float, help="of the head; chosen if not given, 0: the adapter's")
     parser.add_argument("--train-rows", type=int, help="how many of the training rows to take")
+    parser.add_argument("--test-rows", type=int, help="how many of the test rows to take")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--plans", default="published,budget", help="which of GeLoRA's plans, with commas")
     parser.add_argument("--allocations", help="which allocations of ranks, with commas")
@@ -160,8 +162,12 @@ def main() -> None:
         settings = chosen(options, settings)
         if options.train_rows:
             task = replace(task, train=task.train[: options.train_rows])
-        plans = default_plans(Bench(model, task, settings, output / task.name), GeLoRAConfig())
-        plans = {plan: plans[plan] for plan in options.plans.split(",")}
+        if options.test_rows:
+            task = replace(task, test=task.test[: options.test_rows])
+        plans = None
+        if set(OF_A_PLAN) & set(settings.allocations):
+            measured = default_plans(Bench(model, task, settings, output / task.name), GeLoRAConfig())
+            plans = {plan: measured[plan] for plan in options.plans.split(",")}
         found = compare(model, task, output, settings, plans=plans, jobs=options.jobs)
         found.write(output)
         print(found.table(name))
