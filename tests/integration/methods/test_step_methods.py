@@ -136,6 +136,26 @@ def test_micro_batches_are_one_batch(tmp_path: Path, name: str) -> None:
 
 
 @each_method
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, name: str) -> None:
+    plain = train(adapted(), tmp_path, METHODS[name]())
+    for reentrant in (True, False):
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        trainer = train(adapted(), tmp_path, METHODS[name](), **checkpointing)
+        assert losses(trainer) == losses(plain)
+        assert_equal(matrices(trainer.model), matrices(plain.model))
+
+
+@each_method
+def test_bf16_trains_and_resumes(tmp_path: Path, name: str) -> None:
+    options = {"bf16": True, "save_strategy": "steps", "save_steps": 3}
+    whole = train(adapted(), tmp_path, METHODS[name](), **options)
+    assert losses(whole) != losses(train(adapted(), tmp_path / "float32", METHODS[name]()))
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in matrices(whole.model).values())
+    resumed = train(adapted(), tmp_path / "on", METHODS[name](), resume=tmp_path / "checkpoint-3", **options)
+    assert_equal(matrices(resumed.model), matrices(whole.model))
+
+
+@each_method
 def test_two_processes_are_one(tmp_path: Path, name: str) -> None:
     found = []
     for count in (1, 2):
