@@ -45,7 +45,8 @@ class LoRAPro(TrainingMethod):
 
     Raises:
         ConfigError: a value is out of range.
-        MethodError: at the start of training, when it resumes without the moments.
+        MethodError: at the start of training, for mode "full" without the settings of AdamW, with an adapter less
+            precise than float32, or when it resumes without the moments.
     """
 
     name: ClassVar[str] = "lora_pro"
@@ -58,10 +59,18 @@ class LoRAPro(TrainingMethod):
             raise ConfigError(f"mode is {self.mode!r}; expected one of: {', '.join(MODES)}.")
 
     def check(self) -> None:
-        """Mode "full" keeps moments in optimizer.pt, in the adapter's dtype (torch 2.13), and resumes with them."""
+        """Mode "full" is an AdamW. Its moments are in optimizer.pt, in the adapter's dtype (torch 2.13)."""
+        self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         if self.mode != "full":
             return
         for pair in self.pairs:
+            group = self._groups[id(pair.a)]
+            if "betas" not in group or not isinstance(group.get("eps"), float):
+                kind = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
+                raise MethodError(
+                    f"lora_pro mode=full takes AdamW's betas and eps from the optimizer, and {kind} has not both. Use "
+                    "optim='adamw_torch', or mode=efficient."
+                )
             if pair.a.dtype not in (torch.float32, torch.float64):
                 raise MethodError(
                     f"lora_pro mode=full keeps moments as precise as float32, and lora_A of {pair.name} is "
@@ -76,7 +85,6 @@ class LoRAPro(TrainingMethod):
 
     def begin(self, saved: Mapping[str, Tensor] | None) -> None:
         """Say what memory is needed before it is taken."""
-        self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         if self.mode == "full":
             sizes = [len(pair.b) * pair.a.shape[1] for pair in self.pairs]
             needed = 2 * sum(n * pair.a.element_size() for n, pair in zip(sizes, self.pairs, strict=True)) / 1e9
@@ -114,20 +122,20 @@ class LoRAPro(TrainingMethod):
             matrix.grad = None
 
     def _adam(self, pair: Pair, gradient: Tensor) -> Tensor:
-        """m / (sqrt(v) + eps) of `gradient`, without bias, (out_features, in_features)."""
+        """m / (sqrt(v) + eps) of `gradient`, m and v corrected for their start at 0, (out_features, in_features)."""
         group, state = self._groups[id(pair.a)], self.optimizer.state[pair.a]
         if not state:
             state["step"] = torch.tensor(0.0)  # torch's Adam looks for it in every state that it loads (2.13)
             for name in MOMENTS:
                 state[name] = torch.zeros_like(gradient)
-        (first, second), eps = group.get("betas", (0.9, 0.999)), group.get("eps", 1e-8)
+        first, second = group["betas"]
         mean, square = (state[name] for name in MOMENTS)
         state["step"] += 1
         count = state["step"].item()
         mean.mul_(first).add_(gradient, alpha=1 - first)
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         step: Tensor = mean.div(1 - first**count)
-        return step.div_(square.div(1 - second**count).sqrt_().add_(eps))
+        return step.div_(square.div(1 - second**count).sqrt_().add_(group["eps"]))
 
 
 class Point(NamedTuple):

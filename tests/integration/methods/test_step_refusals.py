@@ -132,6 +132,13 @@ def test_lora_pro_without_its_moments(tmp_path: Path) -> None:
     assert "is torch.bfloat16. Make the adapter in float32, as PEFT does by itself, or use mode=efficient." in said
 
 
+@pytest.mark.parametrize(("optimizer", "kind"), [("sgd", "SGD"), ("adafactor", "Adafactor")])
+def test_lora_pro_without_the_settings_of_adamw(tmp_path: Path, optimizer: str, kind: str) -> None:
+    said = refused(adapted(), tmp_path, LoRAPro(), optim=optimizer)
+    assert f"takes AdamW's betas and eps from the optimizer, and {kind} has not both. Use optim='adamw_torch'" in said
+    train(adapted(), tmp_path, LoRAPro(mode="efficient"), optim=optimizer)
+
+
 @each_method
 def test_two_methods(tmp_path: Path, name: str) -> None:
     # Flat-LoRA goes with the others, and not with itself: test_step_methods.py.
