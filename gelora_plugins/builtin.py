@@ -41,9 +41,15 @@ def register_rank_policies() -> dict[str, Any]:
 
 @hookimpl
 def register_training_methods() -> dict[str, Any]:
-    from gelora_plugins.methods import flat_lora
+    from gelora_plugins.methods import cola, flat_lora, lora_pro, rm_lora, xgblora
 
-    return {"flat_lora": flat_lora.FlatLoRA}
+    return {
+        "cola": cola.COLA,
+        "flat_lora": flat_lora.FlatLoRA,
+        "lora_pro": lora_pro.LoRAPro,
+        "rm_lora": rm_lora.RMLoRA,
+        "xgblora": xgblora.XGBLoRA,
+    }
 
 
 @hookimpl(trylast=True)

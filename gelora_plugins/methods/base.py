@@ -112,7 +112,8 @@ class TrainingMethod(TrainerCallback):  # type: ignore[misc]
         if self._trainer is not None and self._trainer() is trainer:
             return
         others = [c for c in trainer.callback_handler.callbacks if isinstance(c, TrainingMethod) and c is not self]
-        clash = next((c for c in others if not (c.goes_with_others or self.goes_with_others)), None)
+        alone = [c for c in others if type(c) is type(self) or not (c.goes_with_others or self.goes_with_others)]
+        clash = next(iter(alone), None)
         if clash is not None:
             raise MethodError(
                 f"{clash.name} and {self.name} both change how the adapter is trained. Give the Trainer one of them."

@@ -53,24 +53,28 @@ class FlatLoRA(TrainingMethod):
             raise ConfigError(f"mode is {self.mode!r}; expected one of: {', '.join(MODES)}.")
 
     def check(self) -> None:
-        """Mode "swap" exchanges floating-point weights."""
-        if self.mode == "swap":
-            for pair in self.pairs:
-                weight = _base(pair).weight
-                if not weight.is_floating_point():
-                    raise MethodError(
-                        f"mode='swap' needs weights in floating point; {pair.name} has {weight.dtype}. Use mode='hook'."
-                    )
+        """The noise follows a weight; mode "swap" exchanges it, in floating point."""
+        for pair in self.pairs:
+            weight = getattr(_base(pair), "weight", None)
+            if weight is None:
+                raise MethodError(
+                    f"flat_lora needs the weight of each adapted map; {type(_base(pair)).__name__} of {pair.name} has "
+                    "none. Leave it out of target_modules."
+                )
+            if self.mode == "swap" and not weight.is_floating_point():
+                raise MethodError(
+                    f"mode='swap' needs weights in floating point; {pair.name} has {weight.dtype}. Use mode='hook'."
+                )
 
     def begin(self, saved: Mapping[str, Tensor] | None) -> None:
         """Measure the rows of the base weights, which do not change, once."""
-        self._squares = {pair.name: _rows(pair).square().sum(1) for pair in self.pairs}
         self._noise: dict[str, tuple[Tensor, int]] = {}  # of this step: (standard deviation of each row, seed)
         self._kept: dict[str, Tensor] = {}
-        self._hooks = []
+        self._hooks: list[Any] = []
+        self._squares = {pair.name: _rows(pair).square().sum(1) for pair in self.pairs}
         if self.mode == "hook":
             for pair in self.pairs:
-                self._hooks.append(_base(pair).register_forward_hook(self._hook(pair.name)))
+                self._hooks.append(_base(pair).register_forward_hook(self._hook(pair)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the noise of this step; before the first micro-batch."""
@@ -106,7 +110,7 @@ class FlatLoRA(TrainingMethod):
     def _quiet(self) -> None:
         if self._running or self._kept:
             self._noise.clear()
-            for pair in self.pairs:
+            for pair in reversed(self.pairs):  # of a weight that two modules share the first copy is the clean one
                 if pair.name in self._kept:
                     _base(pair).weight.data = self._kept.pop(pair.name)
 
@@ -121,19 +125,16 @@ class FlatLoRA(TrainingMethod):
             if base.weight.is_floating_point():
                 products = a @ _rows(pair).T
             else:
-                noise = self._noise.pop(pair.name, None)  # not on this
-                products = base(a) - (0 if base.bias is None else base.bias)
-                if noise is not None:
-                    self._noise[pair.name] = noise
+                products = base(a) - (0 if base.bias is None else base.bias)  # there is no noise now
             cross = (b * products.float().T).sum(1)
             squares = self._squares[pair.name] + 2 * pair.scaling * cross
             squares += pair.scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
             return squares.clamp(min=0).div(pair.a.shape[1]).sqrt()
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, pair: Pair) -> Any:
         def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            found = self._noise.get(name)
-            if found is None or not module.training:
+            found = self._noise.get(pair.name)
+            if found is None or not module.training or pair.layer.disable_adapters:  # then it is a reference
                 return output
             made: Tensor = _NoisyProduct.apply(inputs[0], *found)  # type: ignore[no-untyped-call]
             return output + made.to(output.dtype)
