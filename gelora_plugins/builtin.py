@@ -39,9 +39,14 @@ def register_rank_policies() -> dict[str, Any]:
 
 @hookimpl
 def register_training_methods() -> dict[str, Any]:
-    from gelora_plugins.methods import flat_lora
+    from gelora_plugins.methods import adalora, beamlora, flat_lora, sora
 
-    return {"flat_lora": flat_lora.FlatLoRA}
+    return {
+        "adalora": adalora.AdaLoRA,
+        "beamlora": beamlora.BeamLoRA,
+        "flat_lora": flat_lora.FlatLoRA,
+        "sora": sora.SoRA,
+    }
 
 
 @hookimpl(trylast=True)
