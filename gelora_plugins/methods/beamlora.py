@@ -124,17 +124,18 @@ class BeamLoRA(RowGates):
 
     def after_step(self, step: int) -> None:
         """Keep copies, half a period before they are needed."""
-        if step > 0 and step % self._period != 0 and step % (self._period // 2) == 0 and self.eta:
-            self._copies = {}
-            for pair, raw in zip(self.pairs, self.raw, strict=True):
-                self._copies[f"a.{pair.name}"] = raw.clone()
-                self._copies[f"b.{pair.name}"] = pair.b.detach().clone()
-                for key, _, moment in self._moments(pair):
-                    self._copies[key] = moment.clone()
-            if len(self._copies) < 6 * len(self.pairs):
-                logger.warning(
-                    "beamlora leaves the optimizer's moments as they are: they are not of the matrices' shape."
-                )
+        if not self.eta or step == 0 or step % self._period == 0 or step % (self._period // 2):
+            return
+        first, self._copies = not self._copies, {}
+        for pair, raw in zip(self.pairs, self.raw, strict=True):
+            self._copies[f"a.{pair.name}"] = raw.clone()
+            self._copies[f"b.{pair.name}"] = pair.b.detach().clone()
+            self._copies |= {key: moment.clone() for key, _, moment in self._moments(pair)}
+        if first and len(self._copies) < 6 * len(self.pairs):
+            logger.warning(
+                "beamlora copies matrices without what the optimizer has for them, which is not of their shape: only "
+                "AdamW in full precision has it so."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exchange ranks, at the end of a period."""

@@ -157,9 +157,10 @@ class RowGates(TrainingMethod):
         self.gates.grad = None
 
     def close(self) -> None:
-        """Give back what was borrowed."""
+        """Give back what was borrowed, and let go of the tensors; `begin` may have failed."""
         self._give_back()
-        del self.gates, self.raw, self.exp_avg, self.exp_avg_sq
+        for name in ("gates", "raw", "exp_avg", "exp_avg_sq"):
+            vars(self).pop(name, None)
 
     def fold(self) -> None:
         """Put diag(f(g)) A into the model, where A stood."""
