@@ -160,7 +160,7 @@ class RowGates(TrainingMethod):
         """Give back what was borrowed, and let go of the tensors; `begin` may have failed."""
         self._give_back()
         for name in ("gates", "raw", "exp_avg", "exp_avg_sq"):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
 
     def fold(self) -> None:
         """Put diag(f(g)) A into the model, where A stood."""
