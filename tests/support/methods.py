@@ -26,7 +26,7 @@ STEPS = 8
 # With options that let each do in STEPS steps all that it does.
 METHODS: dict[str, Callable[[], TrainingMethod]] = {
     "adalora": lambda: AdaLoRA(keep=0.5),
-    "beamlora": lambda: BeamLoRA(eta=0.5, period=2, tau=0.5),
+    "beamlora": lambda: BeamLoRA(eta=0.5, period=4, tau=0.5),
     "flat_lora": lambda: FlatLoRA(sigma=0.5),
     "sora": lambda: SoRA(shrinkage=0.6, l1=0.1),
     "sora-budget": lambda: SoRA(shrinkage=0.1, keep=0.5),
