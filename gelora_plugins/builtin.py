@@ -39,11 +39,12 @@ def register_rank_policies() -> dict[str, Any]:
 
 @hookimpl
 def register_training_methods() -> dict[str, Any]:
-    from gelora_plugins.methods import adalora, beamlora, flat_lora, sora
+    from gelora_plugins.methods import adalora, beamlora, diffora, flat_lora, sora
 
     return {
         "adalora": adalora.AdaLoRA,
         "beamlora": beamlora.BeamLoRA,
+        "diffora": diffora.DiffoRA,
         "flat_lora": flat_lora.FlatLoRA,
         "sora": sora.SoRA,
     }

@@ -29,7 +29,7 @@ class RowGates(TrainingMethod):
 
     Attributes:
         gate_lr: learning rate of the gates as a multiple of A's.
-        gates: (sum of ranks,) float32, in the order of `pairs`.
+        gates: (sum of ranks,) float32, in the order of `pairs`. A subclass with others overrides `spread`, too.
         raw: A of each pair, (r, in_features), in the dtype of its lora_A.
         sizes: r of each pair.
 
@@ -60,7 +60,10 @@ class RowGates(TrainingMethod):
         return gradient
 
     def regularise(self) -> None:
-        """Add the gradients of terms of the loss, once for an optimizer step. lora_A holds `raw` here."""
+        """Add the gradients of terms of the loss, once for an optimizer step. lora_A holds `raw` here.
+
+        What has no gradient after this, None, is not stepped.
+        """
 
     def after_step(self, step: int) -> None:
         """The method's own rule, after the update of A, B and gates. lora_A holds `raw`, with its gradient.
@@ -151,7 +154,8 @@ class RowGates(TrainingMethod):
         with torch.no_grad():
             for pair, raw in zip(self.pairs, self.raw, strict=True):
                 raw.copy_(pair.a)
-            self._step_gates()
+            if self.gates.grad is not None:
+                self._step_gates(self.gates.grad)
             self.after_step(state.global_step)
             self.fold()
         self.gates.grad = None
@@ -192,7 +196,7 @@ class RowGates(TrainingMethod):
         return [self.optimizer.param_groups[index] for index in self._groups]
 
     def spread(self, values: Sequence[float]) -> Tensor:
-        """One value for each pair as one for each rank, like `gates`."""
+        """One value for each pair as one for each gate."""
         return torch.tensor(values).repeat_interleave(torch.tensor(self.sizes)).to(self.gates.device)
 
     def _give_back(self) -> float | None:
@@ -201,10 +205,8 @@ class RowGates(TrainingMethod):
             self.args.max_grad_norm, self._lent = clip, None
         return clip
 
-    def _step_gates(self) -> None:
+    def _step_gates(self, gradient: Tensor) -> None:
         """AdamW without weight decay, which is linear in the learning rate: each gate has that of its module."""
-        gradient = self.gates.grad
-        assert gradient is not None
         beta1, beta2 = self.args.adam_beta1, self.args.adam_beta2
         self._taken += 1
         self.exp_avg.lerp_(gradient, 1 - beta1)

@@ -1,12 +1,12 @@
 """The only module that changes a model: gives a LoRA adapter that has not been trained its ranks, in place, and takes
-ranks out of one that has."""
+ranks and modules out of one that has."""
 
 from __future__ import annotations
 
 import copy
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gelora_plugins.errors import ApplyError
 from gelora_plugins.plugins import find_layout
+from gelora_plugins.probe.find_blocks import unwrap
 from gelora_plugins.probe.no_trace import cuda_devices
 from gelora_plugins.ranks.find_adapter import Adapter, find_adapter, require_adapter
 from gelora_plugins.ranks.patterns import planned_config, with_patterns, with_ranks
@@ -170,6 +171,26 @@ def keep_rows(adapter: Adapter, rows: Mapping[str, Tensor]) -> None:
     ranks = {name: layer.r[adapter.name] for name, layer in adapter.layers.items()}
     alphas = {name: layer.lora_alpha[adapter.name] for name, layer in adapter.layers.items()}
     configs[adapter.name] = with_ranks(configs[adapter.name], ranks, alphas)
+
+
+def drop_modules(adapter: Adapter, names: Collection[str]) -> None:
+    """Take `adapter` off the modules of these names, in place; its configuration gets the names of the others.
+
+    What the model computes is the same where lora_B is 0. An optimizer may hold the matrices that are gone.
+    """
+    root = unwrap(adapter.model)
+    for name in names:
+        layer: Any = adapter.layers[name]
+        if len(layer.r) > 1:
+            layer.delete_adapter(adapter.name)  # others are on it
+        else:
+            parent, _, leaf = name.rpartition(".")
+            setattr(root.get_submodule(parent), leaf, layer.get_base_layer())
+    configs: Any = adapter.model.peft_config
+    config = copy.copy(configs[adapter.name])
+    config.target_modules = {name for name in adapter.layers if name not in names}
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # the names say it all
+    configs[adapter.name] = config
 
 
 def _resize(

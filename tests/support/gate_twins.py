@@ -45,12 +45,15 @@ def gated(model: nn.Module) -> dict[str, GatedA]:
     return {name.removeprefix("base_model.model."): layer.lora_A["default"] for name, layer in layers(model).items()}
 
 
-def adamw(model: nn.Module, rate: float, decay: float) -> torch.optim.AdamW:
-    """Weight decay for the matrices, none for the gates."""
+def adamw(model: nn.Module, rate: float, decay: float, gate_lr: float = 1.0) -> torch.optim.AdamW:
+    """Weight decay for the matrices, none for the gates, whose rate is `gate_lr` times that of the matrices."""
     gates = [p for name, p in model.named_parameters() if name.endswith(".gate")]
     matrices = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith(".gate")]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": gates, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate)
+    groups = [
+        {"params": matrices, "weight_decay": decay, "lr": rate},
+        {"params": gates, "weight_decay": 0.0, "lr": gate_lr * rate},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
 class L1(TrainerCallback):
@@ -126,6 +129,50 @@ class Beam(TrainerCallback):
                     a.gate[d] = a.gate[s] = (a.gate[d] + a.gate[s]) / 2
                 for key in ("exp_avg", "exp_avg_sq"):
                     optimizer.state[a.gate][key].zero_()
+
+
+class Alternate(TrainerCallback):
+    """DiffoRA-style: A and B in even steps of a search, gates in odd ones; then the given modules begin anew.
+
+    What is not to be trained has no gradient in a step: hooks make it 0, so that the Trainer's clipping does not see
+    it, and None after that, so that the optimizer does not.
+    """
+
+    def __init__(self, model: nn.Module, search: int, chosen: list[bool]) -> None:
+        self.search, self.step = search, 0
+        self.modules = list(zip(gated(model).values(), layers(model).values(), chosen, strict=True))
+        self.first = [a.weight.detach().clone() for a, _, _ in self.modules]
+        for i, (a, layer, _) in enumerate(self.modules):
+            a.gate.register_hook(lambda g: g * self.gate_steps())
+            for matrix in (a.weight, layer.lora_B["default"].weight):
+                matrix.register_hook(lambda g, i=i: g * self.matrices_step(i))
+
+    def gate_steps(self) -> bool:
+        return self.step < self.search and self.step % 2 == 1
+
+    def matrices_step(self, i: int) -> bool:
+        return self.step % 2 == 0 if self.step < self.search else self.modules[i][2]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for i, (a, layer, _) in enumerate(self.modules):
+            if not self.gate_steps():
+                a.gate.grad = None
+            if not self.matrices_step(i):
+                a.weight.grad = layer.lora_B["default"].weight.grad = None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != self.search - 1:
+            return
+        with torch.no_grad():
+            for (a, layer, _), first_a in zip(self.modules, self.first, strict=True):
+                a.weight.copy_(first_a)
+                layer.lora_B["default"].weight.zero_()
+                a.function = torch.ones_like
+                for matrix in (a.weight, layer.lora_B["default"].weight):
+                    kwargs["optimizer"].state.pop(matrix, None)
 
 
 def first(entry: tuple[float, str, int]) -> float:

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from gelora_plugins.methods.adalora import AdaLoRA
 from gelora_plugins.methods.base import TrainingMethod
 from gelora_plugins.methods.beamlora import BeamLoRA
+from gelora_plugins.methods.diffora import DiffoRA
 from gelora_plugins.methods.flat_lora import FlatLoRA
 from gelora_plugins.methods.sora import SoRA
 from tests.support.tiny import VOCABULARY, build
@@ -27,6 +28,7 @@ STEPS = 8
 METHODS: dict[str, Callable[[], TrainingMethod]] = {
     "adalora": lambda: AdaLoRA(keep=0.5),
     "beamlora": lambda: BeamLoRA(eta=0.5, period=4, tau=0.5),
+    "diffora": lambda: DiffoRA(search=4),
     "flat_lora": lambda: FlatLoRA(sigma=0.5),
     "sora": lambda: SoRA(shrinkage=0.6, l1=0.1),
     "sora-budget": lambda: SoRA(shrinkage=0.1, keep=0.5),
@@ -34,6 +36,7 @@ METHODS: dict[str, Callable[[], TrainingMethod]] = {
 # With options that make them plain LoRA, where there are such.
 NEUTRAL: dict[str, Callable[[], TrainingMethod]] = {
     "beamlora": lambda: BeamLoRA(eta=0.0, gate_lr=0.0),
+    "diffora": lambda: DiffoRA(search=0, share=1.0),
     "flat_lora": lambda: FlatLoRA(sigma=0.0),
     "sora": lambda: SoRA(shrinkage=0.0, init="ones", gate_lr=0.0),
 }

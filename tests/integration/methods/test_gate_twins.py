@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 from gelora_plugins.methods.adalora import AdaLoRA
 from gelora_plugins.methods.base import generator
 from gelora_plugins.methods.beamlora import BeamLoRA
+from gelora_plugins.methods.diffora import DiffoRA
 from gelora_plugins.methods.sora import SoRA
-from tests.support.gate_twins import L1, Beam, Proximal, adamw, folded, twin
+from tests.support.gate_twins import L1, Alternate, Beam, Proximal, adamw, folded, twin
 from tests.support.methods import adapted, method_trainer
 from tests.support.tiny import build
 
@@ -29,14 +30,16 @@ class Folded(TrainerCallback):
         self.matrices = folded(self.trainer)
 
 
-def trained(model: Any, directory: Path, callbacks: list[Any], clip: float, accumulation: int) -> dict[str, Any]:
+def trained(
+    model: Any, directory: Path, callbacks: list[Any], clip: float, accumulation: int, gate_lr: float = 1.0
+) -> dict[str, Any]:
     watch = Folded()
     watch.trainer = method_trainer(
         model,
         directory,
         *callbacks,
         watch,
-        optimizers=(adamw(model, RATE, DECAY), None),
+        optimizers=(adamw(model, RATE, DECAY, gate_lr), None),
         max_steps=STEPS,
         learning_rate=RATE,
         max_grad_norm=clip,
@@ -87,6 +90,26 @@ def test_beamlora_is_what_autograd_makes_of_its_gates(tmp_path: Path, clip: floa
     theirs = trained(model, tmp_path, [beam], clip, accumulation)
     assert largest(ours, theirs) < 5e-6
     assert max(pruned for pruned, _ in beam.pairs) == 2
+
+
+@CLIPPED
+@ACCUMULATED
+def test_diffora_is_what_autograd_makes_of_its_gates(tmp_path: Path, clip: float, accumulation: int) -> None:
+    method = DiffoRA(search=6)
+    found: list[list[bool]] = []
+
+    class Chosen(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if method.chosen:
+                found.append(method.chosen)
+
+    ours = trained(adapted(lora_dropout=0.1), tmp_path, [method, Chosen()], clip, accumulation)
+    assert [sum(found[0][i : i + 3]) for i in (0, 3, 6)] == [2, 2, 2]  # of three modules in each block
+    model = twin(lambda name, rank: torch.zeros(1), torch.sigmoid, lora_dropout=0.1)
+    theirs = trained(model, tmp_path, [Alternate(model, 6, found[0])], clip, accumulation, gate_lr=10.0)
+    assert largest(ours, theirs) < 5e-6
+    still = [not matrix.any() for key, matrix in ours.items() if key.endswith(".b")]
+    assert still == [not chosen for chosen in found[0]]
 
 
 class Allocate(TrainerCallback):

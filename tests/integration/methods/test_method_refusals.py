@@ -17,7 +17,7 @@ from tests.support.methods import METHODS, STEPS, adapted, method_trainer
 from tests.support.training import layers, state_of
 
 EACH = pytest.mark.parametrize("name", METHODS)
-GATED = pytest.mark.parametrize("name", ["adalora", "beamlora", "sora", "sora-budget"])
+GATED = pytest.mark.parametrize("name", ["adalora", "beamlora", "diffora", "sora", "sora-budget"])
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
@@ -101,7 +101,7 @@ def test_an_optimizer_that_does_not_hold_the_adapter(tmp_path: Path, name: str) 
     assert said.startswith("The optimizer does not hold 9 of the 18 trainable parameters of the adapter 'default', ")
 
 
-@pytest.mark.parametrize("name", ["adalora", "sora", "sora-budget"])
+@pytest.mark.parametrize("name", ["adalora", "diffora", "sora", "sora-budget"])
 def test_a_trained_adapter(tmp_path: Path, name: str) -> None:
     trainer = method_trainer(adapted(), tmp_path, METHODS[name]())
     trainer.train()
