@@ -66,6 +66,23 @@ def test_the_saved_adapter_is_plain_lora_with_the_live_logits(tmp_path: Path, na
 
 
 @EACH
+def test_matrices_in_half_precision_are_saved_as_they_are(tmp_path: Path, name: str) -> None:
+    """PEFT makes them so with autocast_adapter_dtype=False, and keeps float32 otherwise."""
+    model = adapted()
+    for matrix in (p for p in model.parameters() if p.requires_grad):
+        matrix.data = matrix.data.bfloat16()
+    seen = Seen()
+    trainer = method_trainer(model, tmp_path, METHODS[name](), seen)
+    trainer.train()
+    assert seen.first.equal(seen.base)
+    assert not logits(trainer.model).equal(seen.base)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = matrices(loaded(tmp_path / "adapter"))
+    assert all(value.float().equal(again[key].float()) for key, value in matrices(trainer.model).items())
+
+
+@EACH
 def test_a_checkpoint_is_plain_lora_with_the_logits_of_its_step(tmp_path: Path, name: str) -> None:
     class Watch(Seen):
         def on_save(self, args, state, control, model=None, **kwargs):
@@ -82,8 +99,10 @@ def test_a_checkpoint_is_plain_lora_with_the_logits_of_its_step(tmp_path: Path, 
 
 
 @EACH
-@pytest.mark.parametrize("step", [2, 3, 7])
-def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, name: str, step: int) -> None:
+@pytest.mark.parametrize(("step", "bf16"), [(2, False), (3, False), (7, False), (3, True)])
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, name: str, step: int, bf16: bool
+) -> None:
     """Both do the same operations on the same numbers in the same order."""
     whole, resumed = (
         method_trainer(
@@ -93,6 +112,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
             weight_decay=0.1,
             save_strategy="steps",
             save_steps=1,
+            bf16=bf16,
         )
         for directory in (tmp_path, tmp_path / "again")
     )
