@@ -132,7 +132,7 @@ class AdaLoRA(BudgetedGates):
 
 
 def smooth(mean: Tensor, spread: Tensor, parameter: nn.Parameter, beta: float) -> None:
-    """Take |p · ∂p| into its running mean, and its distance from that, which is new, into the other (eq. 9 to 11)."""
+    """Take |p · ∂p| into its running mean, and its distance from that, which is new, into the other."""
     assert parameter.grad is not None
     sensitivity = (parameter.detach() * parameter.grad).abs().float()
     mean.mul_(beta).add_(sensitivity, alpha=1 - beta)

@@ -215,6 +215,6 @@ def weakest(p: Tensor, sizes: list[int], keep: float, scope: str) -> list[Tensor
         pruned[start + order[over]] = True
     found = []
     for mine, gone in zip(by_module(p, sizes), by_module(pruned, sizes), strict=True):
-        order = mine.argsort(stable=True)
-        found.append(order[gone[order]][: len(mine) // 2])
+        order = mine.argsort(descending=True, stable=True).flip(0)  # no rank is among the strongest, too, in a tie
+        found.append(order[: min(int(gone.sum()), len(mine) // 2)])
     return found

@@ -130,7 +130,7 @@ class BudgetedGates(RowGates):
 
 @dataclass(frozen=True)
 class Shrinking:
-    """AdaLoRA's schedule (Zhang et al., ICLR 2023, arXiv 2303.10512, eq. 12): when gates are masked, how much stays.
+    """AdaLoRA's schedule (Zhang et al., ICLR 2023, arXiv 2303.10512): when gates are masked, how much stays.
 
     Attributes:
         steps: of the training; they are counted from 0.

@@ -24,15 +24,18 @@ ACCUMULATED = pytest.mark.parametrize("accumulation", [1, 2])
 
 
 class Folded(TrainerCallback):
-    """Keeps the matrices of the last step, which are pruned after it."""
+    """Keeps the matrices of each step; they are pruned after the last."""
+
+    def __init__(self) -> None:
+        self.matrices: list[dict[str, torch.Tensor]] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.matrices = folded(self.trainer)
+        self.matrices.append(folded(self.trainer))
 
 
 def trained(
     model: Any, directory: Path, callbacks: list[Any], clip: float, accumulation: int, gate_lr: float = 1.0
-) -> dict[str, Any]:
+) -> list[dict[str, torch.Tensor]]:
     watch = Folded()
     watch.trainer = method_trainer(
         model,
@@ -50,9 +53,13 @@ def trained(
     return watch.matrices
 
 
-def largest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    assert ours.keys() == theirs.keys()
-    return max((ours[key] - theirs[key]).abs().max().item() for key in ours)
+def largest(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> float:
+    """The largest difference of an entry after any step."""
+    assert len(ours) == len(theirs) == STEPS
+    assert ours[0].keys() == theirs[0].keys()
+    return max(
+        (mine[key] - their[key]).abs().max().item() for mine, their in zip(ours, theirs, strict=True) for key in mine
+    )
 
 
 @CLIPPED
@@ -67,7 +74,7 @@ def test_sora_is_what_autograd_makes_of_its_gates(tmp_path: Path, clip: float, a
     callbacks = [L1(model, 0.1, accumulation), Proximal(0.6 / STEPS)]
     theirs = trained(model, tmp_path, callbacks, clip, accumulation)
     assert largest(ours, theirs) < 5e-6
-    rows = torch.cat([matrix.any(1) for key, matrix in ours.items() if key.endswith(".a")])
+    rows = torch.cat([matrix.any(1) for key, matrix in ours[-1].items() if key.endswith(".a")])
     assert 0 < rows.sum() < len(rows)  # some gates came to 0
 
 
@@ -108,7 +115,7 @@ def test_diffora_is_what_autograd_makes_of_its_gates(tmp_path: Path, clip: float
     model = twin(lambda name, rank: torch.zeros(1), torch.sigmoid, lora_dropout=0.1)
     theirs = trained(model, tmp_path, [Alternate(model, 6, found[0])], clip, accumulation, gate_lr=10.0)
     assert largest(ours, theirs) < 5e-6
-    still = [not matrix.any() for key, matrix in ours.items() if key.endswith(".b")]
+    still = [not matrix.any() for key, matrix in ours[-1].items() if key.endswith(".b")]
     assert still == [not chosen for chosen in found[0]]
 
 
@@ -175,7 +182,7 @@ def test_adalora_is_that_of_peft(tmp_path: Path, clip: float, accumulation: int)
             modules[name].lora_E["default"].zero_()
     method_trainer(theirs, tmp_path, Allocate(), **options).train()
 
-    ours, changed, ranks = watch.matrices, 0.0, []
+    ours, changed, ranks = watch.matrices[-1], 0.0, []
     for name, module in modules.items():
         a, e, b = (getattr(module, kind)["default"].detach() for kind in ("lora_A", "lora_E", "lora_B"))
         expected, found = b @ (e * a), ours[f"base_model.model.{name}.b"] @ ours[f"base_model.model.{name}.a"]

@@ -75,6 +75,13 @@ def test_the_smallest_of_the_pruned_come_first():
     assert found.tolist() == [2, 0]
 
 
+def test_of_equal_ranks_the_first_are_the_strongest():
+    p = torch.ones(4)
+    (found,) = weakest(p, [4], 0.25, "all")  # all but the first are pruned
+    assert found.tolist() == [3, 2]
+    assert p.argsort(descending=True, stable=True).tolist() == [0, 1, 2, 3]
+
+
 def test_a_module_of_rank_1_keeps_it():
     found = weakest(torch.tensor([1.0, 1.9, 0.1]), [1, 2], 0.1, "module")
     assert [ranks.tolist() for ranks in found] == [[], [1]]
