@@ -41,13 +41,17 @@ def register_rank_policies() -> dict[str, Any]:
 
 @hookimpl
 def register_training_methods() -> dict[str, Any]:
-    from gelora_plugins.methods import cola, flat_lora, lora_pro, rm_lora, xgblora
+    from gelora_plugins.methods import adalora, beamlora, cola, diffora, flat_lora, lora_pro, rm_lora, sora, xgblora
 
     return {
+        "adalora": adalora.AdaLoRA,
+        "beamlora": beamlora.BeamLoRA,
         "cola": cola.COLA,
+        "diffora": diffora.DiffoRA,
         "flat_lora": flat_lora.FlatLoRA,
         "lora_pro": lora_pro.LoRAPro,
         "rm_lora": rm_lora.RMLoRA,
+        "sora": sora.SoRA,
         "xgblora": xgblora.XGBLoRA,
     }
 

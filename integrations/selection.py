@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ class RankSelection:
         self.checkpoint: Checkpoint | None = None  # that training resumes from
         self._settled: weakref.ref[nn.Module] | None = None  # a search frees each trial's model
         self._adapter: str | None = None  # of that model
+        self._ranks: list[int] = []  # of that adapter
         self._decided = False  # chosen, or the user's own kept
         self._told: object = None  # the plan or checkpoint that was last shown
         self._trainer_own = replace_methods(trainer, Methods(self.train, self.call_model_init, self.save_model))
@@ -89,10 +91,15 @@ class RankSelection:
         return self._settle(self._trainer_own.call_model_init(*args, **kwargs))
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """`Trainer.save_model`, which checkpoints go through too, with the plan beside the adapter."""
+        """`Trainer.save_model`, which checkpoints go through too, with the plan beside the adapter.
+
+        Not where the adapter has other ranks by now, as at the end of a method that prunes some: it is not their plan.
+        """
         self._trainer_own.save_model(output_dir, *args, **kwargs)
         path = Path(output_dir or self.trainer.args.output_dir, PLAN)
-        if self.plan is not None and self.trainer.args.should_save and not is_at(path, self.plan):
+        if self.plan is None or not self.trainer.args.should_save or is_at(path, self.plan):
+            return
+        if self.is_settled() and _ranks(extract_model_from_parallel(self.trainer.model)) == self._ranks:
             try:
                 self.plan.save(path)
             except WriteError as error:
@@ -175,16 +182,17 @@ class RankSelection:
         model, applied = self._apply(model)
         if self.trainer.model_init is None and model is not self.trainer.model:
             self.trainer.model = self.trainer.model_wrapped = model
-        self._settled, self._adapter = weakref.ref(model), _adapter_name(model)
+        self._settled, self._adapter, self._ranks = weakref.ref(model), _adapter_name(model), _ranks(model)
         self._tell(applied, before, _num_trainable(model))
         return model
 
     def _apply(self, model: nn.Module) -> tuple[nn.Module, AppliedPlan]:
         bare = find_adapter(model) is None
         if self.checkpoint is not None:
-            if bare:
-                return add_adapter(model, self.checkpoint.config, None)
-            return model, apply_config(model, self.checkpoint.config)
+            config = self.checkpoint.config
+            model, applied = add_adapter(model, config, None) if bare else (model, apply_config(model, config))
+            self._leave_out_other_plan(model, self.checkpoint)
+            return model, applied
         if bare and self.lora_config is not None:
             if self.plan is not None:
                 with_plan(self.lora_config, self.plan, model)  # a trial's model may have other blocks
@@ -193,6 +201,15 @@ class RankSelection:
             return model, AppliedPlan({}, ())
         self.plan = self._plan_for(model, self.plan)
         return model, apply_plan(model, self.plan)
+
+    def _leave_out_other_plan(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        """Forget a plan that lies beside ranks that it did not choose, as beside an adapter that was pruned."""
+        try:
+            if self.plan is not None:
+                check_plan(model, self.plan)
+        except GeLoRAError:
+            logger.warning("%s is left out: it is not the plan of the ranks there.", Path(checkpoint.path, PLAN))
+            self.plan, self.checkpoint = None, replace(checkpoint, plan=None)
 
     def _check_trainer(self) -> None:
         """Raises unless the trainer has an adapter, or is to get one, whose ranks can still be changed."""
@@ -275,6 +292,11 @@ class RankSelection:
 def _adapter_name(model: nn.Module | None) -> str | None:
     adapter = None if model is None else find_adapter(model)
     return None if adapter is None else adapter.name
+
+
+def _ranks(model: nn.Module) -> list[int]:
+    adapter = find_adapter(model)
+    return [] if adapter is None else [layer.r[adapter.name] for layer in adapter.layers.values()]
 
 
 def _num_trainable(model: nn.Module) -> int:

@@ -1,23 +1,26 @@
-"""The only module that changes a model: the ranks of a LoRA adapter that has not been trained, in place."""
+"""The only module that changes a model: gives a LoRA adapter that has not been trained its ranks, in place, and takes
+ranks and modules out of one that has."""
 
 from __future__ import annotations
 
 import copy
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from gelora_plugins.errors import ApplyError
 from gelora_plugins.plugins import find_layout
+from gelora_plugins.probe.find_blocks import unwrap
 from gelora_plugins.probe.no_trace import cuda_devices
 from gelora_plugins.ranks.find_adapter import Adapter, find_adapter, require_adapter
-from gelora_plugins.ranks.patterns import planned_config, with_patterns
+from gelora_plugins.ranks.patterns import planned_config, with_patterns, with_ranks
 from gelora_plugins.ranks.plan import RankPlan
 
 
@@ -139,6 +142,55 @@ def apply_config(model: nn.Module, saved: LoraConfig) -> AppliedPlan:
             layer.lora_alpha[adapter.name] = alphas[name]
             layer.set_scale(adapter.name, 1)
     return AppliedPlan(ranks, changed)
+
+
+def keep_rows(adapter: Adapter, rows: Mapping[str, Tensor]) -> None:
+    """Take all but some ranks out of `adapter`, in place, and write those that it has then into its configuration.
+
+    The Parameters stay the same objects, with another shape; so does the scaling of each module, and what other modules
+    have. An optimizer may hold values of the old shapes.
+
+    Args:
+        rows: (k,) integers for each module, with k of at least 1: the rows of its lora_A and the columns of its lora_B
+            that stay. Modules that are not named keep all.
+    """
+    for name, kept in rows.items():
+        layer: Any = adapter.layers[name]
+        before, after = layer.r[adapter.name], len(kept)
+        if after == before:
+            continue
+        a, b = layer.lora_A[adapter.name], layer.lora_B[adapter.name]
+        for linear, axis in ((a, 0), (b, 1)):
+            linear.weight.grad = None  # of the old shape
+            linear.weight.data = linear.weight.data.index_select(axis, kept.to(linear.weight.device))
+        a.out_features = b.in_features = layer.r[adapter.name] = after
+        share = after / before
+        alpha = layer.lora_alpha[adapter.name] * (math.sqrt(share) if adapter.config.use_rslora else share)
+        layer.lora_alpha[adapter.name] = int(alpha) if alpha == int(alpha) else alpha
+    configs: Any = adapter.model.peft_config
+    ranks = {name: layer.r[adapter.name] for name, layer in adapter.layers.items()}
+    alphas = {name: layer.lora_alpha[adapter.name] for name, layer in adapter.layers.items()}
+    configs[adapter.name] = with_ranks(configs[adapter.name], ranks, alphas)
+
+
+def drop_modules(adapter: Adapter, names: Collection[str]) -> None:
+    """Take `adapter` off the modules of these names, in place; its configuration gets the names of the others.
+
+    What the model computes is the same where lora_B is 0. An optimizer may hold the matrices that are gone.
+    """
+    root = unwrap(adapter.model)
+    for name in names:
+        layer: Any = adapter.layers[name]
+        if len(layer.r) > 1:
+            layer.delete_adapter(adapter.name)  # others are on it
+        else:
+            parent, _, leaf = name.rpartition(".")
+            setattr(root.get_submodule(parent), leaf, layer.get_base_layer())
+    configs: Any = adapter.model.peft_config
+    config = copy.copy(configs[adapter.name])
+    config.target_modules = {name for name in adapter.layers if name not in names}
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # the names say it all
+    configs[adapter.name] = config
 
 
 def _resize(

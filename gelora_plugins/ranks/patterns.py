@@ -108,6 +108,18 @@ def with_patterns(config: LoraConfig, plan: RankPlan, modules: Mapping[str, list
     return changed
 
 
+def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
+    """A copy of `config` that gives each target module this rank and lora_alpha.
+
+    Its patterns have a key for each module that differs from `r` or `lora_alpha`, and no other: a key that was there
+    may match modules of other ranks by now, and the first match wins, in the order in which PEFT saves them.
+    """
+    changed = copy.copy(config)
+    changed.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
+    changed.alpha_pattern = {f"^{re.escape(name)}": a for name, a in alphas.items() if a != config.lora_alpha}
+    return changed
+
+
 def users_config(config: LoraConfig) -> LoraConfig:
     """`config` without the patterns of a plan that `with_plan` or `apply_plan` wrote into it."""
     own = getattr(config, OWN_PATTERNS, None)

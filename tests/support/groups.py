@@ -18,6 +18,8 @@ from transformers.distributed import DistributedConfig
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, GeLoRAError, RankPlan
 from gelora_plugins.ranks.plan_check import with_plan
+from tests.support.methods import METHODS, method_trainer
+from tests.support.methods import adapted as method_model
 from tests.support.tiny import build
 from tests.support.training import LORA, Watch, arguments, matrices, peft_model, ranks_by_block, rows, trainer_for
 
@@ -54,6 +56,17 @@ def train(directory: Path) -> None:
     measured = [size for size in batches if size > 1]  # training has 1 row a step
     (directory / f"measured-{rank()}.json").write_text(json.dumps(measured))
     (directory / f"found-{rank()}.json").write_text(json.dumps(found))
+    part()
+
+
+def train_method(directory: Path, name: str) -> None:
+    """Train by the method `name` with two rows a step, however many processes; `found-RANK.pt` has the matrices."""
+    batch = 2 // int(os.environ["WORLD_SIZE"])
+    trainer = method_trainer(
+        method_model(), directory, METHODS[name](), per_device_train_batch_size=batch, max_grad_norm=0.5, **SGD
+    )
+    trainer.train()
+    torch.save(matrices(trainer.model), directory / f"found-{rank()}.pt")
     part()
 
 

@@ -63,7 +63,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def given() -> dict[str, Any]:
     """What an example takes for granted: a model that was loaded, data, the arguments of a trainer."""
     texts = ["".join(LETTERS[i % len(LETTERS)] for i in row["input_ids"]) for row in rows()]
-    short: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 1, "report_to": [], "use_cpu": True}
+    short: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 1, "report_to": [], "use_cpu": True}
     return {
         "model": AutoModelForCausalLM.from_pretrained(MODEL),
         "tokenizer": AutoTokenizer.from_pretrained(MODEL),
