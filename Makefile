@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that spin while they wait make a machine with other work on it several times slower.
 export OMP_WAIT_POLICY := passive
 
-METHODS := lora,adalora,beamlora,cola,diffora,flat_lora,lora_pro,rm_lora,sora,xgblora
+METHODS := lora,adalora,beamlora,cola,diffora,flat_lora,lora_pro,rm_lora,sora shrinkage=0.1,xgblora
 
 # docs: the site, in build/docs; a broken link is an error.
 TEST := lint types docs unit integration faults e2e
@@ -46,7 +46,7 @@ compare-small: environment
 # Every training method and LoRA, at equal parameters, by the same protocol with three seeds: a first look, not a verdict.
 compare-methods: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 64 --test-rows 100 --seeds 3 \
-	  --rate-seeds 3 --allocations uniform --methods $(METHODS) --jobs $(CORES) --output compare-methods
+	  --rate-seeds 3 --allocations uniform --methods "$(METHODS)" --jobs $(CORES) --output compare-methods
 
 # Which changes of the engine's code no test notices (about two hours); the answer is in benchmarks/results/mutants.json.
 mutants: environment

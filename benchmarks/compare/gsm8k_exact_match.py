@@ -64,7 +64,7 @@ def main() -> None:
         Run("exact match", "uniform", recipe, 0, RATE, choosing=False),
         total_steps(bench, len(bench.drawn(0))),
     )
-    model = adapted(bench, recipe, 0, steps)
+    model = adapted(bench, recipe, 0)
     fit(bench, model, made, bench.drawn(0), steps)
     found = {
         "pretrained": exact_match(bench.load(0).eval(), bench.tokenizer, prompts, answers),

@@ -20,7 +20,6 @@ OF_A_PLAN = ("plan", "permuted", "reversed", "rate_only")
 ALLOCATIONS = ("plan", "uniform", "permuted", "reversed", "grid", "rate_only")
 USUAL = ALLOCATIONS[:-1]
 METHODS = ("lora", "eva", "adalora", "full")
-OWN_RANKS = ("eva", "adalora")  # methods that choose ranks themselves
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,10 @@ class Recipe:
     """What one training run adapts, and how; with a seed and a learning rate it is a run.
 
     Attributes:
-        kind: "lora", "eva", "adalora", "full", or a training method with its options, as in "flat_lora sigma=0.1".
-        ranks: one per site, at the end; empty for "eva", "adalora" and "full".
-        budget: sum of the ranks over all target modules for "eva" and "adalora", else 0.
+        kind: "lora", "eva", "full", or a training method with its options, as in "flat_lora sigma=0.1".
+        ranks: one per site; of a method that chooses ranks itself those that cost as much as what it ends with. Empty
+            for "eva" and "full", and for "adalora" in older records.
+        budget: sum of the ranks over all target modules for "eva", and "adalora" in older records, else 0.
         keep_alpha: whether lora_alpha is the same everywhere, so that the scaling falls with the rank; else the
             scaling is the same everywhere.
         parameters: LoRA parameters at the end, heads not counted; for "full" all parameters.

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import (
     OF_A_PLAN,
-    OWN_RANKS,
     TOLERANCE,
     Arm,
     Group,
@@ -25,12 +24,13 @@ from gelora_plugins.compare.allocations import (
     lora,
     plan_group,
     rank_group,
+    spread,
 )
 from gelora_plugins.compare.bench import Bench, Settings
 from gelora_plugins.compare.record import Record, Run, digest, locked, made_of
 from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task, check_name
-from gelora_plugins.compare.train import attempt, first_parameters, measure_eva
+from gelora_plugins.compare.train import attempt, chooses_ranks, first_parameters, measure_eva
 from gelora_plugins.compare.tuning import Search, Trial, head_search, judge, search_all, search_to_dict
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.profile import DimensionProfile
@@ -207,7 +207,7 @@ def design(
     groups: list[Group] = []
     seconds: dict[str, float] = {}
     eva: dict[str, Any] = {}
-    methods = [m for m in settings.methods if m not in (*OWN_RANKS, "full")]
+    methods = [m for m in settings.methods if m not in ("eva", "full") and not chooses_ranks(m)]
     totals = {name: plan.num_parameters for name, plan in plans.items()}
     if not plans and "uniform" in settings.allocations:
         totals[f"r = {settings.rank}"] = lora([settings.rank] * len(bench.sites), bench.sites).parameters
@@ -244,17 +244,9 @@ def _adaptive(
             found["eva"], eva[name], seconds[f"{name}/eva"] = measure_eva(bench, total)
         except PlanError as error:
             notes.append(f"{name}: EVA is left out. {error}")
-    if "adalora" in methods:
-        sizes = {linear.in_features + linear.out_features for linear in bench.targets.values()}
-        if len(sizes) == 1:
-            (per_rank,) = sizes
-            found["adalora"] = Recipe("adalora", total // per_rank * per_rank, budget=total // per_rank)
-            notes.append(f"{name}: AdaLoRA trains with 1.5 times these parameters at first, and ends with as many.")
-        else:
-            notes.append(
-                f"{name}: AdaLoRA is left out: it spends ranks, and here a rank costs more in some target modules than "
-                "in others, so what it will cost is not known before it is trained. Name target modules of one size."
-            )
+    for method in methods:
+        if chooses_ranks(method):
+            found[method] = replace(lora(spread(total, bench.sites), bench.sites), kind=method)
     return found
 
 

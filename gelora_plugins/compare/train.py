@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from gelora_plugins.compare.allocations import METHODS, TOLERANCE, Recipe, lora
+from gelora_plugins.compare.allocations import TOLERANCE, Recipe, lora
 from gelora_plugins.compare.bench import Bench, peak_memory, quiet, reset_peak_memory
 from gelora_plugins.compare.record import Run
 from gelora_plugins.compare.scoring import constant_loss, evaluate
@@ -28,6 +28,7 @@ from gelora_plugins.errors import PlanError
 from gelora_plugins.methods.base import TrainingMethod
 from gelora_plugins.methods.by_name import make_method
 
+PLAIN = ("lora", "eva", "full")  # what needs no training method
 HEADS = ("classifier", "score")  # what PEFT 0.21 trains beside the adapter of a SEQ_CLS model
 RHO = 2.0  # EVA may give a module up to this many times its even share; the best value of its paper
 EVA_ROUNDS = 5
@@ -72,12 +73,15 @@ def run(bench: Bench, made: Run) -> dict[str, Any]:
     reset_peak_memory()
     steps = total_steps(bench, len(drawn))
     method, first = method_of(bench, recipe)
-    model = adapted(bench, replace(recipe, ranks=first), made.seed, steps)
+    model = adapted(bench, replace(recipe, ranks=first), made.seed)
     constant = _constant(bench, model, rows, scored)
     seconds = fit(bench, model, made, rows, steps, method)
-    lora = _count(model, bench, recipe)
+    lora = _count(model, recipe)
     if abs(lora - recipe.parameters) >= TOLERANCE * recipe.parameters:
-        raise PlanError(f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned.")
+        raise PlanError(
+            f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned, and arms are "
+            "compared at equal parameters. Give the method options with which it keeps them."
+        )
     score, loss, parts = _evaluate(bench, model, scored)
     return {
         "score": score if math.isfinite(score) and math.isfinite(loss) else None,  # argmax makes 0 of NaN: an answer
@@ -106,9 +110,14 @@ def _constant(
 
 def method_of(bench: Bench, recipe: Recipe) -> tuple[TrainingMethod | None, tuple[int, ...]]:
     """(the training method of a recipe, None where it is none of ours; the ranks that it begins with)."""
-    if recipe.kind in METHODS:
+    if recipe.kind in PLAIN:
         return None, recipe.ranks
     return make_method(recipe.kind).planned(recipe.ranks, [site.parameters_per_rank for site in bench.sites])
+
+
+def chooses_ranks(kind: str) -> bool:
+    """Whether a method decides itself which ranks stay, so that the ranks it begins with are a budget alone."""
+    return kind not in PLAIN and make_method(kind).chooses_ranks
 
 
 def first_parameters(bench: Bench, recipe: Recipe) -> int:
@@ -125,7 +134,6 @@ def fit(
     method: TrainingMethod | None = None,
 ) -> float:
     """Train `model` on encoded rows, see `run`; the seconds that it took."""
-    called = [_Allocate()] if made.recipe.kind == "adalora" else [] if method is None else [method]
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(bench, scratch, made.seed, made.rate, steps)
         trainer = Trainer(
@@ -133,7 +141,7 @@ def fit(
             args=arguments,
             train_dataset=rows,
             data_collator=bench.collator,
-            callbacks=called,
+            callbacks=[] if method is None else [method],
             optimizers=(_optimizer(model, arguments, made.head_rate), None),
         )
         trainer.remove_callback(PrinterCallback)  # the bar of the comparison says enough
@@ -192,14 +200,12 @@ def _arguments(bench: Bench, scratch: str, seed: int, rate: float, steps: int) -
     )
 
 
-def adapted(bench: Bench, recipe: Recipe, seed: int, steps: int) -> Any:
-    """A fresh model with the untrained adapter of `recipe`; `steps` is the length of AdaLoRA's schedule."""
+def adapted(bench: Bench, recipe: Recipe, seed: int) -> Any:
+    """A fresh model with the untrained adapter of `recipe`."""
     model = bench.load(seed)
     if recipe.kind == "full":
         return model
     torch.manual_seed(seed)
-    if recipe.kind == "adalora":
-        return _with_adalora(bench, model, recipe.budget, steps)
     if recipe.kind == "eva":
         return _with_eva(bench, model, recipe.budget)
     ranks = {site.pattern: rank for site, rank in zip(bench.sites, recipe.ranks, strict=True)}
@@ -219,31 +225,6 @@ def _common(bench: Bench) -> dict[str, Any]:
         "r": bench.settings.rank,
         "lora_alpha": bench.settings.lora_alpha,
     }
-
-
-def _with_adalora(bench: Bench, model: Any, budget: int, steps: int) -> Any:
-    """AdaLoRA that starts at 1.5 times its budget, as in its paper, and prunes from 10 % to 70 % of the steps."""
-    modules = len(bench.targets)
-    first = math.ceil(1.5 * budget / modules)
-    config = AdaLoraConfig(
-        **{**_common(bench), "r": 8, "lora_alpha": bench.settings.scaling * first},  # `r` plays no part
-        init_r=first,
-        target_r=max(1, budget // modules),
-        tinit=steps // 10,
-        tfinal=3 * steps // 10,
-        deltaT=max(1, steps // 100),
-        total_step=steps,
-    )
-    wrapped: Any = get_peft_model(model, config)
-    wrapped.base_model.rankallocator.target_bgt = budget  # PEFT 0.21's configuration takes a whole rank per module
-    return wrapped
-
-
-class _Allocate(TrainerCallback):  # type: ignore[misc]
-    """AdaLoRA needs the gradients of the step that was just made; PEFT leaves that call to the training loop."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        model.base_model.update_and_allocate(state.global_step)
 
 
 def _with_eva(bench: Bench, model: Any, budget: int) -> Any:
@@ -322,14 +303,6 @@ class _Inputs:
         return batch if self.collator.kind == "causal-lm" else {k: v for k, v in batch.items() if k != "labels"}
 
 
-def _count(model: Any, bench: Bench, recipe: Recipe) -> int:
-    """LoRA parameters of the trained model; of AdaLoRA the A and B that are left; of "full" all of them."""
-    if recipe.kind == "full":
-        return sum(p.numel() for p in model.parameters())
-    if recipe.kind != "adalora":
-        return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    total = 0
-    for name, linear in bench.targets.items():
-        singular = model.get_submodule(f"base_model.model.{name}").lora_E["default"]
-        total += int((singular != 0).sum()) * (linear.in_features + linear.out_features)
-    return total
+def _count(model: Any, recipe: Recipe) -> int:
+    """LoRA parameters of the trained model; of "full" all of them."""
+    return sum(p.numel() for name, p in model.named_parameters() if recipe.kind == "full" or ".lora_" in name)

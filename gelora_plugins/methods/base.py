@@ -69,6 +69,7 @@ class TrainingMethod(TrainerCallback):  # type: ignore[misc]
 
     name: ClassVar[str]  # in configurations, and of its arm in a comparison
     goes_with_others: ClassVar[bool] = False  # it touches neither the adapter nor its gradients
+    chooses_ranks: ClassVar[bool] = False  # it decides which ranks stay; what it begins with is a budget
     fresh_only: ClassVar[bool] = False  # it wants lora_B to be 0
     inits: ClassVar[tuple[Any, ...] | None] = None  # `init_lora_weights` that it takes; None: all
 

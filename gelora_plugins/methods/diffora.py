@@ -55,6 +55,7 @@ class DiffoRA(RowGates):
     """
 
     name: ClassVar[str] = "diffora"
+    chooses_ranks: ClassVar[bool] = True
     fresh_only: ClassVar[bool] = True
 
     gate_lr: float = 10.0

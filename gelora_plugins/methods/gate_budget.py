@@ -38,6 +38,7 @@ class BudgetedGates(RowGates):
         MethodError: the training is too short, or the budget is none for this adapter.
     """
 
+    chooses_ranks: ClassVar[bool] = True
     fresh_only: ClassVar[bool] = True
 
     keep: float | None = 2 / 3

@@ -21,7 +21,17 @@ from gelora_plugins.compare.bench import Bench
 from gelora_plugins.compare.record import Run, read_lines
 from gelora_plugins.compare.run import compare
 from gelora_plugins.compare.task import Task
-from gelora_plugins.compare.train import adapted, attempt, fit, head_of, measure_eva, run
+from gelora_plugins.compare.train import (
+    adapted,
+    attempt,
+    chooses_ranks,
+    first_parameters,
+    fit,
+    head_of,
+    measure_eva,
+    run,
+)
+from gelora_plugins.plugins import available
 from tests.support.comparing import SETTINGS, UNEVEN, compare_tiny, little_garbage, rows, save_model, tiny_task, uneven
 from tests.support.tiny import build
 from tests.support.training import layers
@@ -78,9 +88,31 @@ def test_training_methods_are_arms_and_rate_only_has_the_scalings_of_the_plan(
     assert runs["flat_lora sigma=0 on mine"] == runs["mine"] != runs["flat_lora on mine"]
     assert len({result.parameters for result in found.results}) == 1
     assert found.contrast("tiny", "mine", "flat_lora on mine", "mine").difference.seeds == 1
-    scaled = adapted(bench, replace(lora((4, 4, 4), bench.sites), scalings=(2.0, 1.0, 0.5)), 0, 3)
+    scaled = adapted(bench, replace(lora((4, 4, 4), bench.sites), scalings=(2.0, 1.0, 0.5)), 0)
     scalings = dict.fromkeys(layer.scaling["default"] for layer in layers(scaled).values())
     assert list(scalings) == [bench.settings.scaling * factor for factor in (2, 1, 0.5)]
+
+
+@pytest.mark.parametrize("name", available("method"))
+def test_every_training_method_ends_at_the_parameters_of_uniform_ranks(bench: Bench, name: str) -> None:
+    options = {"cola": " knots=2", "diffora": " search=1", "beamlora": " period=2", "xgblora": " blocks=3"}
+    options["sora"] = " shrinkage=0"  # or it prunes more than it is asked to
+    recipe = replace(lora((4, 4, 4), bench.sites), kind=name + options.get(name, ""))
+    found = run(bench, Run("r = 4", name, recipe, 0, 1e-2, choosing=False))  # which raises where it does not
+    assert math.isfinite(found["loss"])
+    first = first_parameters(bench, recipe)
+    assert (first > recipe.parameters) == chooses_ranks(recipe.kind)
+
+
+def test_a_method_that_chooses_ranks_stands_once_and_what_it_trains_at_first_is_said(
+    model: str, tmp_path: Path
+) -> None:
+    axes = {"allocations": ("plan", "permuted"), "methods": ("lora", "adalora")}
+    found = compare_tiny(model, tmp_path, replace(ONE_RATE, **axes))
+    assert [result.method for result in found.results] == ["mine", "permuted", "adalora"]
+    assert any(
+        "adalora trains 1.5 times these parameters at first, and ends with as many" in line for line in found.lines()
+    )
 
 
 def test_without_a_plan_methods_are_compared_at_the_own_rank(model: str, tmp_path: Path) -> None:
@@ -98,12 +130,12 @@ def test_the_head_the_rows_and_their_order_are_the_seeds_and_not_the_methods(
     uniform = lora((4, 4, 4), bench.sites)
     heads, orders = [], []
     for recipe in (uniform, lora(UNEVEN, bench.sites), eva):
-        heads.append(head_weight(adapted(bench, recipe, 1, 3)))
+        heads.append(head_weight(adapted(bench, recipe, 1)))
         orders.append(batches_of(bench, recipe, 1, monkeypatch)[0])
     assert all(torch.equal(head, heads[0]) for head in heads)
     assert orders[0] == orders[1] == orders[2]
     assert sorted(row for batch in orders[0] for row in batch) == sorted(row["input_ids"] for row in bench.drawn(1))
-    assert not torch.equal(head_weight(adapted(bench, uniform, 2, 3)), heads[0])
+    assert not torch.equal(head_weight(adapted(bench, uniform, 2)), heads[0])
     other, _ = batches_of(bench, uniform, 2, monkeypatch)
     assert sorted(row for batch in other for row in batch) == sorted(row["input_ids"] for row in bench.drawn(2))
     assert bench.drawn(1) != bench.drawn(2)
@@ -161,7 +193,7 @@ def batches_of(
 def test_the_head_is_trained_at_a_rate_of_its_own(kind: str, bench: Bench) -> None:
     """The first steps of AdamW are as long as the rate, whatever the gradient; that of a warm-up is 0."""
     recipe = lora(UNEVEN, bench.sites) if kind == "lora" else Recipe("full", bench.num_parameters)
-    model = adapted(bench, recipe, 0, 2)
+    model = adapted(bench, recipe, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     head = {id(p) for p in head_of(model)}
     fit(bench, model, Run("row", "method", recipe, 0, 1e-9, choosing=False, head_rate=1e-2), bench.train, 2)
@@ -182,7 +214,7 @@ def test_a_causal_model_has_no_head_and_is_trained_at_one_rate(tmp_path: Path) -
     bench = Bench(str(tmp_path / "model"), task, settings, tmp_path / "text")
     recipe = lora(UNEVEN, bench.sites)
     made = Run("row", "method", recipe, 0, 1e-3, choosing=False)
-    assert head_of(adapted(bench, recipe, 0, 1)) == []
+    assert head_of(adapted(bench, recipe, 0)) == []
     assert run(bench, replace(made, head_rate=0.5))["loss"] == run(bench, made)["loss"]
 
 
