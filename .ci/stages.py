@@ -26,6 +26,7 @@ AXOLOTL = (*WORKERS, "loadscope", "tests/axolotl")  # the tests of a class share
 MEETING = ["tests/unit/probe/test_find_blocks.py", "tests/unit/probe/test_hidden_states.py"] + [
     f"tests/integration/{folder}/test_{name}.py"
     for folder, names in {
+        "methods": ("method_routes", "step_methods"),
         "models": ("families", "matrix"),
         "trainer": ("resume", "routes", "trackers", "trainer", "trainer_check"),
         "trl": ("trl", "trl_rows"),
