@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from gelora_plugins.methods.base import TrainingMethod
 
 
+PYTHONS = {"True": True, "False": False, "None": None}  # as text they would count as given
+
+
 def make_method(text: str) -> TrainingMethod:
     """The method that `text` names, as in "flat_lora sigma=0.1 mode=swap".
 
@@ -40,7 +43,9 @@ def make_method(text: str) -> TrainingMethod:
 
 
 def _value(text: str) -> Any:
-    """A number, true, false or null as in JSON; else the text itself."""
+    """A number, true, false or null as in JSON, or as in Python; else the text itself."""
+    if text in PYTHONS:
+        return PYTHONS[text]
     try:
         return json.loads(text)
     except ValueError:
