@@ -30,6 +30,15 @@ LORA = "lora"
 WARM = 2
 
 
+FEW = {"diffora": "diffora search=2", "xgblora": "xgblora blocks=30"}  # what needs many steps otherwise
+OTHERS = ("flat_lora mode=swap", "lora_pro mode=efficient")
+
+
+def in_few_steps(method: str) -> str:
+    """The method with options for a training as short as this."""
+    return FEW.get(method, method)
+
+
 class Clock(TrainerCallback):
     """The time at the beginning of each step."""
 
@@ -80,7 +89,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(run_one(options.one, options)))
         return
-    named = options.only.split(",") if options.only else [*available("method"), "flat_lora mode=swap"]
+    named = options.only.split(",") if options.only else [*map(in_few_steps, available("method")), *OTHERS]
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in (LORA, *named)}
     for _ in range(options.rounds):
         for method, found in runs.items():
