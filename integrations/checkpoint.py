@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from peft import LoraConfig, PeftConfig
 
@@ -81,7 +81,7 @@ class Checkpoint:
         elif self.plan is None:
             yield f"policy {options.policy} was not used"
         else:
-            for name, value in _options(self.plan).items():
+            for name, value in self.plan.followed().items():
                 same = name == "policy" and value == options.on_unsure == "uniform"  # ranks that were not sure
                 if getattr(options, name, value) != value and not same:
                     yield f"{name} is {getattr(options, name)}, the checkpoint's {value}"
@@ -91,23 +91,6 @@ class Checkpoint:
             return self.plan is not None and RankPlan.load(path).ranks == self.plan.ranks
         except PlanError:
             return False
-
-
-def _options(plan: RankPlan) -> dict[str, Any]:
-    """The options that the ranks of a plan follow; those of the measurement were not all recorded from the start."""
-    profile = plan.profile
-    return {
-        **(profile.options or {}),
-        "policy": plan.policy,
-        "rounding": plan.rounding,
-        "min_rank": plan.min_rank,
-        "scaling": plan.scaling_rule,
-        "estimator": profile.estimator,
-        "pooling": profile.pooling,
-        "probe_seed": profile.seed,
-        "standardise": profile.standardise,
-        "target_std_error": profile.target_std_error,
-    }
 
 
 def _plan(path: Path, config: LoraConfig) -> RankPlan | None:

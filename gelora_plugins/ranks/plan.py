@@ -162,11 +162,8 @@ class RankPlan:
 
     def full_sites(self) -> tuple[Site, ...]:
         """The sites that got the largest rank which their matrices can hold, and more than `base_rank`."""
-        return tuple(
-            site
-            for site, rank in zip(self.sites, self.ranks, strict=True)
-            if rank > self.base_rank and rank == site.max_rank
-        )
+        pairs = zip(self.sites, self.ranks, strict=True)
+        return tuple(site for site, rank in pairs if rank > self.base_rank and rank == site.max_rank)
 
     @property
     def num_parameters(self) -> int:
@@ -200,11 +197,11 @@ class RankPlan:
 
     def alpha(self, rank: int) -> float:
         """lora_alpha for a module of `rank`; an int where it is whole."""
-        share = rank / self.base_rank
+        constant, share = self.scaling_rule == "constant", rank / self.base_rank
         if self.use_rslora:
-            alpha = self.lora_alpha * math.sqrt(share if self.scaling_rule == "constant" else 1 / share)
+            alpha = self.lora_alpha * math.sqrt(share if constant else 1 / share)
         else:
-            alpha = self.lora_alpha * rank / self.base_rank if self.scaling_rule == "constant" else self.lora_alpha
+            alpha = self.lora_alpha * rank / self.base_rank if constant else self.lora_alpha
         return int(alpha) if alpha == int(alpha) else alpha
 
     def rank_pattern(self) -> dict[str, int]:
@@ -223,6 +220,22 @@ class RankPlan:
             "use_rslora": self.use_rslora,
             "rank_pattern": self.rank_pattern(),
             "alpha_pattern": self.alpha_pattern(),
+        }
+
+    def followed(self) -> dict[str, Any]:
+        """The options that the ranks follow; those of the measurement were not all recorded from the start."""
+        profile = self.profile
+        return {
+            **(profile.options or {}),
+            "policy": self.policy,
+            "rounding": self.rounding,
+            "min_rank": self.min_rank,
+            "scaling": self.scaling_rule,
+            "estimator": profile.estimator,
+            "pooling": profile.pooling,
+            "probe_seed": profile.seed,
+            "standardise": profile.standardise,
+            "target_std_error": profile.target_std_error,
         }
 
     def check_sites(self, sites: tuple[Site, ...]) -> None:

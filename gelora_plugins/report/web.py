@@ -82,22 +82,12 @@ def _model(profile: DimensionProfile) -> str:
 
 def _settings(plan: RankPlan) -> dict[str, str]:
     """The options that the plan and its measurement followed, and what tells the data and the model from others."""
-    profile = plan.profile
     settings: dict[str, Any] = {
         "r": plan.base_rank,
         "lora_alpha": f"{plan.lora_alpha:g}",
         "use_rslora": plan.use_rslora,
-        "policy": plan.policy,
-        "rounding": plan.rounding,
-        "min_rank": plan.min_rank,
-        "scaling": plan.scaling_rule,
-        "estimator": profile.estimator,
-        "pooling": profile.pooling,
-        "probe_seed": profile.seed,
-        "standardise": profile.standardise,
-        "target_std_error": profile.target_std_error,
-        **(profile.options or {}),
-        "SHA-256 of the token ids": profile.data_fingerprint,
-        "fingerprint of the weights": profile.model_fingerprint,
+        **plan.followed(),
+        "SHA-256 of the token ids": plan.profile.data_fingerprint,
+        "fingerprint of the weights": plan.profile.model_fingerprint,
     }
     return {name: str(value) for name, value in settings.items() if value is not None}

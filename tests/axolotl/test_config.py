@@ -43,6 +43,8 @@ def load(workplace, manager, tmp_path, monkeypatch):
         ({"gelora": {"policy": "bugdet"}}, "gelora.policy 'bugdet' does not exist; there are: budget, gelora"),
         ({"gelora": {"pooling": "median"}}, "gelora.pooling 'median' does not exist"),
         ({"gelora": {"on_failure": "ignore"}}, "gelora.on_failure is 'ignore'; expected one of: raise, keep"),
+        ({"gelora": {"method": "colla"}}, "gelora.method 'colla' does not exist; there are: adalora, beamlora, cola"),
+        ({"gelora": {"method": {"name": "flat_lora", "sigm": 1}}}, "method flat_lora was given 'sigm=1'. Did you mean"),
         ({"gelora": "budget"}, "gelora is 'budget'; expected a mapping"),
         ({"gelora": ["budget"]}, "gelora is ['budget']; expected a mapping"),
         ({"adapter": None}, "adapter is None, and `plugins` lists gelora, which chooses LoRA ranks; expected one of"),

@@ -4,6 +4,9 @@ import json
 
 import pytest
 from harness import HAS_ENTRY_POINTS, adapter_ranks, check_ranks, command
+from safetensors import safe_open
+
+from gelora_plugins.methods.base import SIDECAR
 
 STEPS = 7  # the probe has 6 batches, and its progress bar must not be taken for that of the training
 HIDDEN = """
@@ -49,6 +52,16 @@ def test_the_name_in_plugins_is_enough(workplace):
     run = workplace.train("bare", gelora=None)
     assert run.returncode == 0, run.log
     assert run.plan.policy == "gelora"
+    check_ranks(run.output_dir, run.plan, base_rank=8)
+
+
+def test_a_training_method_by_its_section(workplace):
+    section = {"policy": "budget", "method": {"name": "cola", "knots": 2}}
+    run = workplace.train("method", gelora=section, max_steps=4, save_steps=4)
+    assert run.returncode == 0, run.log
+    with safe_open(run.output_dir / "checkpoint-4" / SIDECAR, framework="pt") as file:
+        described = file.metadata()
+    assert (described["method"], json.loads(described["options"])["knots"]) == ("cola", 2)
     check_ranks(run.output_dir, run.plan, base_rank=8)
 
 
