@@ -1,6 +1,6 @@
-"""The training methods, for the tests that hold for each of them, and small trainings with them.
+"""The training methods with gates, for the tests that hold for each of them, and small trainings with them.
 
-A method that is added to METHODS is put through all of them.
+A method that is added to METHODS is put through all of them. Those that change the steps are in steps.py.
 """
 
 import random
@@ -17,7 +17,6 @@ from gelora_plugins.methods.adalora import AdaLoRA
 from gelora_plugins.methods.base import TrainingMethod
 from gelora_plugins.methods.beamlora import BeamLoRA
 from gelora_plugins.methods.diffora import DiffoRA
-from gelora_plugins.methods.flat_lora import FlatLoRA
 from gelora_plugins.methods.sora import SoRA
 from tests.support.tiny import VOCABULARY, build
 from tests.support.training import arguments, peft_model
@@ -29,7 +28,6 @@ METHODS: dict[str, Callable[[], TrainingMethod]] = {
     "adalora": lambda: AdaLoRA(keep=0.5),
     "beamlora": lambda: BeamLoRA(eta=0.5, period=4, tau=0.5),
     "diffora": lambda: DiffoRA(search=4),
-    "flat_lora": lambda: FlatLoRA(sigma=0.5),
     "sora": lambda: SoRA(shrinkage=0.6, l1=0.1),
     "sora-budget": lambda: SoRA(shrinkage=0.1, keep=0.5),
 }
@@ -37,7 +35,6 @@ METHODS: dict[str, Callable[[], TrainingMethod]] = {
 NEUTRAL: dict[str, Callable[[], TrainingMethod]] = {
     "beamlora": lambda: BeamLoRA(eta=0.0, gate_lr=0.0),
     "diffora": lambda: DiffoRA(search=0, share=1.0),
-    "flat_lora": lambda: FlatLoRA(sigma=0.0),
     "sora": lambda: SoRA(shrinkage=0.0, init="ones", gate_lr=0.0),
 }
 # The ranks are not uniform: q_proj has 3, down_proj 1, k_proj 4.

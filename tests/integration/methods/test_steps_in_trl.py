@@ -42,7 +42,7 @@ def train(
     return trainer
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if " " not in name])
 def test_sft_trains_resumes_and_saves_plain_lora(tmp_path: Path, tokenizer: Any, name: str) -> None:
     whole = train(tmp_path, tokenizer, METHODS[name]())
     plain = train(tmp_path / "plain", tokenizer, None)

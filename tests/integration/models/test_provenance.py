@@ -28,7 +28,7 @@ def test_a_plan_records_all_options_and_the_model() -> None:
     model = build("llama")
     model.config._name_or_path = "somebody/llama"
     profile = select_ranks(model, rows(60), config, progress=False).profile
-    how = ("plan", "on_failure", "probe_batch_size", "feature_storage")
+    how = ("method", "plan", "on_failure", "probe_batch_size", "feature_storage")
     assert profile.options == {name: value for name, value in config.to_dict().items() if name not in how}
     assert (profile.model_name, profile.model_fingerprint) == ("somebody/llama", fingerprint(model))
 
