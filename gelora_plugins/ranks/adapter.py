@@ -7,7 +7,7 @@ import copy
 import math
 import zlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, plan: RankPlan | None) -> 
         PlanError: see `planned_config`. Nothing was changed.
     """
     wrapped = get_peft_model(model, copy.copy(config) if plan is None else planned_config(config, plan))
-    adapter = replace(require_adapter(wrapped), config=config)
+    adapter = require_adapter(wrapped)
     if plan is None:
         ranks = {name: layer.r[adapter.name] for name, layer in adapter.layers.items()}
     else:
