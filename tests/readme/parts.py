@@ -104,6 +104,19 @@ def neighbours() -> str:
     )
 
 
+def methods() -> str:
+    recorded = result("methods")
+    lines = [
+        "| method | seconds of a step, LoRA's being 1 | in each round | memory beyond LoRA's |",
+        "| --- | --- | --- | --- |",
+    ]
+    lora = recorded["methods"][0]["runs"]
+    for row in recorded["methods"][1:]:
+        rounds = ", ".join(f"{a['seconds'] / b['seconds']:.2f}" for a, b in zip(row["runs"], lora, strict=True))
+        lines.append(f"| `{row['method']}` | {row['ratio']:.2f} | {rounds} | {row['more_bytes'] / 2**20:+,.0f} MiB |")
+    return "\n".join(lines)
+
+
 def startup() -> str:
     medians = result("startup")["median_seconds"]
     beyond = {name: 1000 * (seconds - medians["python"]) for name, seconds in medians.items()}
@@ -225,6 +238,7 @@ PARTS: dict[str, Callable[[], str]] = {
         growth_errors,
         verdict_rates,
         neighbours,
+        methods,
         startup,
         probe_cost,
         probe_memory,
