@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gelora_plugins.errors import MethodError
-from gelora_plugins.methods.base import generator
+from gelora_plugins.methods.base import expect, generator, orthogonality_gradient
 from gelora_plugins.methods.gate_budget import BudgetedGates
-from gelora_plugins.methods.row_gates import expect
 from gelora_plugins.ranks.find_adapter import IN_PLACE_INITS
 
 DEVIATION = 0.02  # of the entries of A and B at the start, as published
@@ -137,12 +136,3 @@ def smooth(mean: Tensor, spread: Tensor, parameter: nn.Parameter, beta: float) -
     sensitivity = (parameter.detach() * parameter.grad).abs().float()
     mean.mul_(beta).add_(sensitivity, alpha=1 - beta)
     spread.mul_(beta).add_((sensitivity - mean).abs(), alpha=1 - beta)
-
-
-def orthogonality_gradient(matrix: Tensor) -> Tensor:
-    """The gradient of ||M M' - I||_F, (r, n) float32; 0 where the norm is 0, as autograd has it."""
-    rows = matrix.detach().float()
-    gap = rows @ rows.T
-    gap.diagonal().sub_(1)
-    norm = torch.linalg.norm(gap)
-    return torch.where(norm > 0, 2 * gap @ rows / norm, torch.zeros_like(rows))

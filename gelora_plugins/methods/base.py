@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from gelora_plugins.errors import MethodError, WriteError
+from gelora_plugins.errors import ConfigError, MethodError, WriteError
 from gelora_plugins.ranks.find_adapter import NOT_IN_PLACE, require_adapter
 from gelora_plugins.ranks.held import check_held
 from gelora_plugins.trainer_moment import Methods, checkpoint_path, replace_methods, trainer_being_made
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 SIDECAR = Path("gelora", "method.safetensors")  # below each checkpoint
 # They step where no callback is told, or exchange the parameters for others when the model is evaluated.
-OWN_STEPS = ("lomo", "adalomo", "schedulefree", "dummy")
+OWN_STEPS = ("lomo", "schedulefree", "dummy")
+FLAT = 1e-6  # of a norm; below it the direction of its gradient is rounding
 
 
 class Pair(NamedTuple):
@@ -112,13 +113,14 @@ class TrainingMethod(TrainerCallback):  # type: ignore[misc]
         """Act in the trainings of `trainer`, which must have this callback. A second time does nothing."""
         if self._trainer is not None and self._trainer() is trainer:
             return
-        others = [c for c in trainer.callback_handler.callbacks if isinstance(c, TrainingMethod) and c is not self]
-        alone = [c for c in others if type(c) is type(self) or not (c.goes_with_others or self.goes_with_others)]
-        clash = next(iter(alone), None)
-        if clash is not None:
-            raise MethodError(
-                f"{clash.name} and {self.name} both change how the adapter is trained. Give the Trainer one of them."
-            )
+        for other in trainer.callback_handler.callbacks:
+            if not isinstance(other, TrainingMethod) or other is self:
+                continue
+            if type(other) is type(self) or not (other.goes_with_others or self.goes_with_others):
+                raise MethodError(
+                    f"{other.name} and {self.name} both change how the adapter is trained. Give the Trainer one of "
+                    "them."
+                )
         self._trainer = weakref.ref(trainer)
         own = Methods(trainer.train, trainer.call_model_init, trainer.save_model)
 
@@ -187,6 +189,11 @@ class TrainingMethod(TrainerCallback):  # type: ignore[misc]
             raise MethodError(
                 f"{self.name} does not go with DataParallel, which the Trainer uses on {trainer.args.n_gpu} GPUs in "
                 "one process. Start one process for each: torchrun --nproc_per_node ..."
+            )
+        if trainer.args.auto_find_batch_size:
+            raise MethodError(
+                f"auto_find_batch_size begins anew after a step that {self.name} has half made. Set "
+                "per_device_train_batch_size to what fits."
             )
         if trainer.args.fp16:
             raise MethodError(f"{self.name} was not tried with fp16, whose scaled gradients it would see. Use bf16.")
@@ -287,6 +294,24 @@ def generator(seed: int, step: int, name: str, device: torch.device | str = "cpu
     """
     digest = hashlib.blake2b(f"{seed}:{step}:{name}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def expect(right: bool, option: str, value: Any, expected: str) -> None:
+    """Raises ConfigError unless `right`."""
+    if not right:
+        raise ConfigError(f"{option} is {value!r}; expected {expected}.")
+
+
+def orthogonality_gradient(rows: Tensor) -> Tensor:
+    """d ||M M' - I|| / dM = 2 (M M' - I) M / ||M M' - I|| for M (r, n); 0 where the norm is 0, or only rounding.
+
+    At least in float32.
+    """
+    rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+    excess = rows @ rows.T
+    excess.diagonal().sub_(1)
+    norm = excess.norm()
+    return torch.zeros_like(rows) if norm < FLAT else 2 * excess @ rows / norm
 
 
 def forget(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gelora_plugins.errors import MethodError
-from gelora_plugins.methods.base import Pair, generator
-from gelora_plugins.methods.row_gates import RowGates, by_module, expect
+from gelora_plugins.methods.base import Pair, expect, generator
+from gelora_plugins.methods.row_gates import RowGates, by_module
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gelora_plugins.errors import ConfigError, MethodError
+from gelora_plugins.errors import MethodError
+from gelora_plugins.methods.base import expect
 from gelora_plugins.methods.slots import Part, SlotMethod
 
 
@@ -36,8 +37,7 @@ class COLA(SlotMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.knots < 1 or self.knots != int(self.knots):
-            raise ConfigError(f"knots is {self.knots!r}; expected a whole number of 1 or more.")
+        expect(self.knots >= 1 and self.knots == int(self.knots), "knots", self.knots, "a whole number of 1 or more")
 
     def parts(self, steps: int) -> list[Part]:
         """As many parts as knots, as equal as whole steps allow."""

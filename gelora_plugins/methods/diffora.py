@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gelora_plugins.errors import MethodError
-from gelora_plugins.methods.base import Pair, forget, generator
+from gelora_plugins.methods.base import Pair, expect, forget, generator
 from gelora_plugins.methods.gate_budget import strongest
-from gelora_plugins.methods.row_gates import RowGates, cost_of, expect
+from gelora_plugins.methods.row_gates import RowGates, cost_of
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.ranks.adapter import drop_modules
 

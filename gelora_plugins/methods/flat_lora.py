@@ -11,8 +11,8 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from gelora_plugins.errors import ConfigError, MethodError
-from gelora_plugins.methods.base import Pair, TrainingMethod, generator
+from gelora_plugins.errors import MethodError
+from gelora_plugins.methods.base import Pair, TrainingMethod, expect, generator
 
 MODES = ("hook", "swap")
 
@@ -47,10 +47,8 @@ class FlatLoRA(TrainingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.sigma) and self.sigma >= 0):
-            raise ConfigError(f"sigma is {self.sigma!r}; expected 0 or more.")
-        if self.mode not in MODES:
-            raise ConfigError(f"mode is {self.mode!r}; expected one of: {', '.join(MODES)}.")
+        expect(math.isfinite(self.sigma) and self.sigma >= 0, "sigma", self.sigma, "0 or more")
+        expect(self.mode in MODES, "mode", self.mode, f"one of: {', '.join(MODES)}")
 
     def check(self) -> None:
         """The noise follows a weight; mode "swap" exchanges it, in floating point."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gelora_plugins.errors import MethodError
-from gelora_plugins.methods.row_gates import RowGates, expect
+from gelora_plugins.methods.base import expect
+from gelora_plugins.methods.row_gates import RowGates
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gelora_plugins.errors import ConfigError, MethodError
-from gelora_plugins.methods.base import Pair, TrainingMethod
+from gelora_plugins.errors import MethodError
+from gelora_plugins.methods.base import Pair, TrainingMethod, expect
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,7 @@ class LoRAPro(TrainingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in MODES:
-            raise ConfigError(f"mode is {self.mode!r}; expected one of: {', '.join(MODES)}.")
+        expect(self.mode in MODES, "mode", self.mode, f"one of: {', '.join(MODES)}")
 
     def check(self) -> None:
         """Mode "full" is an AdamW. Its moments are in optimizer.pt, in the adapter's dtype (torch 2.13)."""

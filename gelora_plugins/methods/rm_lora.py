@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from gelora_plugins.errors import ConfigError
-from gelora_plugins.methods.base import Pair, TrainingMethod, generator
+from gelora_plugins.methods.base import Pair, TrainingMethod, generator, orthogonality_gradient
 
 MASKS = ("grad", "update")
-FLAT = 1e-6  # of a norm; below it the direction of the regulariser's gradient is rounding
 
 
 @dataclass(eq=False)
@@ -102,15 +101,6 @@ class RMLoRA(TrainingMethod):
         weight = self.orthogonality / (2 * len(self.pairs))
         for pair in self.pairs:
             if pair.a.grad is not None:
-                pair.a.grad += weight * slope(pair.a)
+                pair.a.grad += weight * orthogonality_gradient(pair.a)
             if pair.b.grad is not None:
-                pair.b.grad += weight * slope(pair.b.T).T
-
-
-def slope(rows: Tensor) -> Tensor:
-    """d ||M M' - I|| / dM = 2 (M M' - I) M / ||M M' - I|| for M (r, n); 0 where the norm is 0, or only rounding."""
-    rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-    excess = rows @ rows.T
-    excess.diagonal().sub_(1)
-    norm = excess.norm()
-    return torch.zeros_like(rows) if norm < FLAT else 2 * excess @ rows / norm
+                pair.b.grad += weight * orthogonality_gradient(pair.b.T).T

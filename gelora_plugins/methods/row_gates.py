@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gelora_plugins.errors import ConfigError, MethodError
-from gelora_plugins.methods.base import Pair, TrainingMethod
+from gelora_plugins.errors import MethodError
+from gelora_plugins.methods.base import Pair, TrainingMethod, expect
 from gelora_plugins.ranks.adapter import keep_rows
 
 
@@ -218,15 +218,9 @@ class RowGates(TrainingMethod):
 
 def by_module(vector: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Views of `vector`, one for each module."""
-    return list(vector.split(list(sizes)))  # type: ignore[no-untyped-call]
+    return list(torch.split(vector, list(sizes)))
 
 
 def cost_of(pair: Pair) -> int:
     """LoRA parameters of one rank."""
     return pair.a.shape[1] + pair.b.shape[0]
-
-
-def expect(right: bool, option: str, value: Any, expected: str) -> None:
-    """Raises ConfigError unless `right`."""
-    if not right:
-        raise ConfigError(f"{option} is {value!r}; expected {expected}.")

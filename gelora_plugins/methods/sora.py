@@ -11,9 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gelora_plugins.methods.base import generator
+from gelora_plugins.methods.base import expect, generator
 from gelora_plugins.methods.gate_budget import BudgetedGates
-from gelora_plugins.methods.row_gates import expect
 
 logger = logging.getLogger(__name__)
 

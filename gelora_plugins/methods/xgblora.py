@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from gelora_plugins.errors import ConfigError, MethodError
-from gelora_plugins.methods.base import generator
+from gelora_plugins.errors import MethodError
+from gelora_plugins.methods.base import expect, generator
 from gelora_plugins.methods.cola import share
 from gelora_plugins.methods.slots import Part, SlotMethod
 from gelora_plugins.plugins import find_layout
@@ -45,8 +45,9 @@ class XGBLoRA(SlotMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.blocks is not None and (self.blocks < 1 or self.blocks != int(self.blocks)):
-            raise ConfigError(f"blocks is {self.blocks!r}; expected a whole number of 1 or more, or none.")
+        if self.blocks is not None:
+            whole = self.blocks >= 1 and self.blocks == int(self.blocks)
+            expect(whole, "blocks", self.blocks, "a whole number of 1 or more, or none")
 
     def parts(self, steps: int) -> list[Part]:
         """One part a booster."""

@@ -104,6 +104,12 @@ def test_a_frozen_matrix_and_fp16_are_refused(tmp_path: Path) -> None:
         made.train()
 
 
+def test_a_training_that_may_begin_anew_in_the_middle_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, FlatLoRA(), auto_find_batch_size=True)
+    with pytest.raises(MethodError, match=r"^auto_find_batch_size begins anew after a step that flat_lora"):
+        made.train()
+
+
 def test_a_method_by_its_name_and_options() -> None:
     assert make_method("flat_lora sigma=0.1 mode=swap").options() == {"sigma": 0.1, "mode": "swap"}
     config = GeLoRAConfig.from_dict({"method": {"name": "flat_lora", "sigma": 0.1, "mode": "swap"}})

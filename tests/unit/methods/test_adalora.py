@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from gelora_plugins.methods.adalora import AdaLoRA, orthogonality_gradient, smooth
+from gelora_plugins.methods.adalora import AdaLoRA, smooth
+from gelora_plugins.methods.base import orthogonality_gradient
 from gelora_plugins.methods.gate_budget import Shrinking, strongest
 from tests.support.methods import adapted, method_trainer
 from tests.support.training import layers

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from gelora_plugins.errors import ConfigError
+from gelora_plugins.methods.base import orthogonality_gradient
 from gelora_plugins.methods.lora_pro import LoRAPro, points
-from gelora_plugins.methods.rm_lora import RMLoRA, slope
+from gelora_plugins.methods.rm_lora import RMLoRA
 
 
 def drawn(*shape, seed=0):
@@ -125,16 +126,16 @@ def norm_from_identity(rows):
 def test_the_regulariser_has_the_gradient_of_its_norm():
     rows = drawn(R, N).requires_grad_()
     (expected,) = torch.autograd.grad(norm_from_identity(rows), rows)
-    torch.testing.assert_close(slope(rows), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(orthogonality_gradient(rows), expected, rtol=0, atol=1e-14)
 
 
 def test_the_regulariser_leaves_orthonormal_rows_and_zeros():
     orthonormal = torch.linalg.qr(drawn(N, N)).Q[:R]
-    assert slope(orthonormal).eq(0).all()
-    assert slope(orthonormal.float()).eq(0).all()  # where the norm is some 1e-7 of rounding
+    assert orthogonality_gradient(orthonormal).eq(0).all()
+    assert orthogonality_gradient(orthonormal.float()).eq(0).all()  # where the norm is some 1e-7 of rounding
     zeros = torch.zeros(R, N, dtype=torch.float64)
     assert norm_from_identity(zeros).item() == pytest.approx(math.sqrt(R))
-    assert slope(zeros).eq(0).all()
+    assert orthogonality_gradient(zeros).eq(0).all()
 
 
 def test_the_regulariser_of_rows_of_length_two():
@@ -143,7 +144,7 @@ def test_the_regulariser_of_rows_of_length_two():
     rows[:, :R] = 2 * torch.eye(R)
     expected = torch.zeros_like(rows)
     expected[:, :R] = 4 / math.sqrt(R) * torch.eye(R, dtype=rows.dtype)
-    torch.testing.assert_close(slope(rows), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(orthogonality_gradient(rows), expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(("share", "rank", "stay"), [(0.5, 8, 4), (0.25, 8, 2), (0.5, 3, 2), (0.01, 4, 1), (0.5, 1, 1)])
