@@ -1,6 +1,6 @@
 """`gelora compare` on tiny models, trained: equal parameters, the same data order, the same run twice.
 
-No test asserts where a training goes. What is recorded and said of given scores is in tests/unit/compare/.py.
+No test asserts where a training goes. What is recorded and said of given scores is in tests/unit/compare/.
 """
 
 import json

@@ -93,7 +93,7 @@ def test_standard_output_is_json_alone_where_that_is_asked_for(
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_of_a_command_are_what_it_takes(name: str) -> None:
-    command = get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    command = get_command(cli.app).commands[name]
     assert EXAMPLES[name]
     for example in EXAMPLES[name]:
         program, said, *rest = shlex.split(example, comments=True)
@@ -103,7 +103,7 @@ def test_the_examples_of_a_command_are_what_it_takes(name: str) -> None:
 
 
 def test_every_command_has_examples() -> None:
-    assert {*EXAMPLES, "sft"} == set(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert {*EXAMPLES, "sft"} == set(get_command(cli.app).commands)
 
 
 @pytest.mark.parametrize("data", ["nothing.jsonl", "nothing.csv.gz", "./a/b.json", "a/b/c.parquet", "/nothing/a.csv"])

@@ -33,3 +33,18 @@ def test_their_spread_is_that_of_scores_over_draws_of_the_rows(metric: str) -> N
     spread = np.std([SCORES[metric](given, true) for given, true in drawn], ddof=1)
     stated = np.mean([parts_of(SCORES[metric], given, true).std(ddof=1) / np.sqrt(80) for given, true in drawn[:40]])
     assert stated == pytest.approx(spread, rel=0.25)
+
+
+def test_many_rows_of_a_classification_take_no_longer_than_few() -> None:
+    """Left out one by one, a hundred thousand rows would be ten thousand million, and a mask of them 10 GB."""
+    given, true = answers("f1", 100_000)
+    assert parts_of(SCORES["f1"], given, true).mean() == pytest.approx(SCORES["f1"](given, true), abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["mcc", "f1", "spearman"])
+def test_parts_are_those_of_rows_left_out_one_by_one(metric: str) -> None:
+    given, true = answers(metric, 30)
+    score, everyone = SCORES[metric], np.arange(30)
+    without = np.array([score(given[everyone != i], true[everyone != i]) for i in everyone])
+    expected = score(given, true) + 29 * (without.mean() - without)
+    np.testing.assert_allclose(parts_of(score, given, true), expected, atol=1e-12)
