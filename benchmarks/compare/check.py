@@ -15,10 +15,10 @@ from pathlib import Path
 from scipy import stats
 
 from benchmarks.machine import RESULTS
-from gelora_plugins.compare.allocations import TOLERANCE
-from gelora_plugins.compare.results import Result
-from gelora_plugins.compare.stats import holm
-from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.findings.arms import TOLERANCE
+from gelora_plugins.findings.results import Result
+from gelora_plugins.findings.stats import holm
+from gelora_plugins.findings.summary import Comparison
 
 LEVEL = 0.01
 GRAIN = 0.005  # of a score: seeds that agree by chance do not make half a percent of it significant

@@ -19,8 +19,8 @@ from benchmarks.machine import RESULTS, machine
 from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench
-from gelora_plugins.compare.record import Run
 from gelora_plugins.compare.train import adapted, fit, total_steps
+from gelora_plugins.findings.record import Run
 
 ROWS, EXAMPLES, NEW_TOKENS, BATCH, RATE = 60, 3, 160, 20, 3e-3
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -17,8 +17,8 @@ from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench
 from gelora_plugins.compare.rates import rounded
-from gelora_plugins.compare.record import Record, Run, diverged, locked
 from gelora_plugins.compare.run import Trainers
+from gelora_plugins.findings.record import Record, Run, diverged, locked
 
 LOW, FACTOR, STEPS = 0.0022, 1.3, range(-2, 6)
 SAME = 0.06  # a rate that differs by no more from one that the comparison judged is that one

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import record
-from gelora_plugins.compare.stats import paired_difference
+from gelora_plugins.findings.stats import paired_difference
 
 DRAWS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda rng, n: rng.normal(size=n),

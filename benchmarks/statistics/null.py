@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.machine import record
 from gelora_plugins.compare.rates import choose, next_runs
-from gelora_plugins.compare.stats import paired_difference, verdict, worst
+from gelora_plugins.findings.stats import paired_difference, verdict, worst
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 CHOOSING, JUDGING = range(1000, 1005), range(5)

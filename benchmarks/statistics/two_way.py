@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import record
-from gelora_plugins.compare.stats import paired_difference
+from gelora_plugins.findings.stats import paired_difference
 
 # Standard deviations on the scale of the log odds: (of a seed, of a row's preference for one arm).
 CASES = {"seeds alone": (0.1, 0.0), "rows alone": (0.0, 4.0), "both": (0.1, 4.0), "neither": (0.0, 0.0)}

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from gelora_plugins.compare.allocations import ALLOCATIONS, METHODS, USUAL, check_allocations
-from gelora_plugins.compare.record import digest
 from gelora_plugins.compare.task import Collator, Task, encode
 from gelora_plugins.errors import ConfigError, LayoutError, ProbeError
+from gelora_plugins.findings.record import digest
 from gelora_plugins.layout import Linear, ModelLayout
 from gelora_plugins.methods.by_name import make_method
 from gelora_plugins.plugins import find_layout

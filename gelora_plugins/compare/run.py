@@ -14,27 +14,17 @@ import torch
 from tqdm.auto import tqdm
 
 from gelora_plugins import json_files
-from gelora_plugins.compare.allocations import (
-    OF_A_PLAN,
-    TOLERANCE,
-    Arm,
-    Group,
-    Recipe,
-    grid_groups,
-    lora,
-    plan_group,
-    rank_group,
-    spread,
-)
+from gelora_plugins.compare.allocations import OF_A_PLAN, grid_groups, lora, plan_group, rank_group, spread
 from gelora_plugins.compare.bench import Bench, Settings
-from gelora_plugins.compare.record import Record, Run, digest, locked, made_of
-from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task, check_name
 from gelora_plugins.compare.train import attempt, chooses_ranks, first_parameters, measure_eva
 from gelora_plugins.compare.tuning import Search, Trial, head_search, judge, search_all, search_to_dict
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
+from gelora_plugins.findings.arms import TOLERANCE, Arm, Group, Recipe
+from gelora_plugins.findings.record import Record, Run, digest, locked, made_of
+from gelora_plugins.findings.summary import Comparison
 from gelora_plugins.pipeline import measure
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.planning import make_plan

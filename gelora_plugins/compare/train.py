@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from gelora_plugins.compare.allocations import TOLERANCE, Recipe, lora
+from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench, peak_memory, quiet, reset_peak_memory
-from gelora_plugins.compare.record import Run
 from gelora_plugins.compare.scoring import constant_loss, evaluate
 from gelora_plugins.compare.task import split_fifth
 from gelora_plugins.errors import PlanError
+from gelora_plugins.findings.arms import TOLERANCE, Recipe
+from gelora_plugins.findings.record import Run
 from gelora_plugins.methods.base import TrainingMethod
 from gelora_plugins.methods.by_name import make_method
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from gelora_plugins.compare.allocations import Arm, Recipe
 from gelora_plugins.compare.bench import Settings
 from gelora_plugins.compare.rates import Choice, Found, choose, cliff_runs, next_runs
-from gelora_plugins.compare.record import Record, Run, Workers, diverged, excess
+from gelora_plugins.findings.arms import Arm, Recipe
+from gelora_plugins.findings.record import Record, Run, Workers, diverged, excess
 
 FIRST_SEED = 1000  # of those that choose rates; those that judge begin at 0
 ROUGH = 2  # seeds of the search for a rate to search for the head's beside

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gelora_plugins.compare.stats import mean_interval, paired_difference
+from gelora_plugins.findings.stats import mean_interval, paired_difference
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GRID = "uniform r = "

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gelora_plugins.compare.bench import Bench, Settings
-from gelora_plugins.compare.record import Run
 from gelora_plugins.compare.run import compare
-from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task
+from gelora_plugins.findings.record import Run
+from gelora_plugins.findings.summary import Comparison
 from gelora_plugins.ranks.plan import RankPlan
 from tests.support.plans import make_plan, make_profile
 from tests.support.tiny import build

@@ -15,7 +15,7 @@ import pytest
 import gelora_plugins
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("cli", "compare", "dimension", "methods", "probe", "ranks", "report")
+ROOMS = ("cli", "compare", "dimension", "findings", "methods", "probe", "ranks", "report")
 
 
 def name_of(path):
@@ -37,9 +37,10 @@ ARROWS = {
     "methods": "base ranks",
     "report": "base dimension ranks",
     "pipeline": "base probe dimension ranks methods report",
-    "compare": "base probe dimension ranks methods report pipeline",
+    "findings": "base report",
+    "compare": "base probe dimension ranks methods report pipeline findings",
     "integrations": "base probe dimension ranks methods report pipeline",
-    "cli": "base probe dimension ranks methods report pipeline compare integrations",
+    "cli": "base probe dimension ranks methods report pipeline findings compare integrations",
 }
 WHOLE_ARROW = {"pipeline", "sensitivity", "builtin"}  # modules of no folder that see the rooms
 HEAVY = {"torch", "transformers", "peft", "trl", "axolotl", "numpy"}
@@ -168,7 +169,7 @@ def test_no_module_uses_what_is_private_to_another(module):
         ("from gelora_plugins.errors import ProbeError", "layout", []),
         ("from gelora_plugins.probe import pooling", "dimension.profile", ["probe.pooling"]),
         ("from gelora_plugins.dimension.profile import growth", "probe.pooling", ["dimension.profile"]),
-        ("from gelora_plugins.compare.stats import holm", "report.rank_report", ["compare.stats"]),
+        ("from gelora_plugins.findings.stats import holm", "report.rank_report", ["findings.stats"]),
         ("from .transformers import GeLoRACallback", "integrations.trl", []),
         ("from .. import cli", "integrations.trl", ["cli"]),
     ],

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.findings.summary import Comparison
 from gelora_plugins.report.pictures import draw
 from gelora_plugins.report.rank_report import RankReport
 from gelora_plugins.text import label, markdown, printable

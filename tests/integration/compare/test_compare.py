@@ -16,9 +16,8 @@ from torch import nn
 from transformers import Trainer
 
 from gelora_plugins import cli
-from gelora_plugins.compare.allocations import Recipe, lora
+from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench
-from gelora_plugins.compare.record import Run, read_lines
 from gelora_plugins.compare.run import compare
 from gelora_plugins.compare.task import Task
 from gelora_plugins.compare.train import (
@@ -31,6 +30,8 @@ from gelora_plugins.compare.train import (
     measure_eva,
     run,
 )
+from gelora_plugins.findings.arms import Recipe
+from gelora_plugins.findings.record import Run, read_lines
 from gelora_plugins.plugins import available
 from tests.support.comparing import SETTINGS, UNEVEN, compare_tiny, little_garbage, rows, save_model, tiny_task, uneven
 from tests.support.tiny import build

@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 
 from gelora_plugins.compare.bench import Bench, Settings
 from gelora_plugins.compare.run import compare
-from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task
+from gelora_plugins.findings.summary import Comparison
 from tests.support.comparing import little_garbage, uneven
 from tests.support.exchangeable import OneSeesConfig, OneSeesModel, build_exchangeable
 

@@ -7,9 +7,6 @@ import pytest
 from gelora_plugins.compare.allocations import (
     ALLOCATIONS,
     METHODS,
-    Arm,
-    Group,
-    Recipe,
     check_allocations,
     grid_groups,
     lora,
@@ -21,6 +18,7 @@ from gelora_plugins.compare.allocations import (
 )
 from gelora_plugins.compare.bench import Settings
 from gelora_plugins.errors import ConfigError, PlanError
+from gelora_plugins.findings.arms import Arm, Group, Recipe
 from gelora_plugins.ranks.plan import Site
 from tests.support.plans import make_plan
 

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.compare.check import at_one_rate, check
 from benchmarks.machine import RESULTS
-from gelora_plugins.compare.contrasts import contrasts_of
-from gelora_plugins.compare.results import Around, Result
-from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.findings.contrasts import contrasts_of
+from gelora_plugins.findings.results import Around, Result
+from gelora_plugins.findings.summary import Comparison
 
 RECORD = RESULTS / "compare"
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from gelora_plugins import cli
-from gelora_plugins.compare.allocations import Recipe, lora
+from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench, Settings
-from gelora_plugins.compare.record import Record, Run, locked, read_lines
 from gelora_plugins.compare.run import compare, design
-from gelora_plugins.compare.summary import Comparison
 from gelora_plugins.compare.task import Task
 from gelora_plugins.errors import ConfigError, PlanError, ProbeError, WriteError
+from gelora_plugins.findings.arms import Recipe
+from gelora_plugins.findings.record import Record, Run, locked, read_lines
+from gelora_plugins.findings.summary import Comparison
 from tests.support.comparing import (
     SETTINGS,
     UNEVEN,

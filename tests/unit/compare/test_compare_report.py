@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from gelora_plugins.compare.bench import Settings
-from gelora_plugins.compare.record import Run
-from gelora_plugins.compare.summary import CAVEAT, CAVEAT_DRAWN, Comparison
+from gelora_plugins.findings.record import Run
+from gelora_plugins.findings.summary import CAVEAT, CAVEAT_DRAWN, Comparison
 from tests.support.comparing import SETTINGS, compare_tiny, said, save_model, tiny_task, valley
 
 PLAIN = replace(SETTINGS, allocations=("plan", "uniform", "permuted", "grid"), methods=("lora",), grid=(2, 8))

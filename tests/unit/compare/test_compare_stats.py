@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gelora_plugins.compare.stats import (
+from gelora_plugins.findings.stats import (
     Difference,
     holm,
     mean_interval,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gelora_plugins.compare.record import Run
-from gelora_plugins.compare.results import Result
-from gelora_plugins.compare.summary import Comparison
+from gelora_plugins.findings.record import Run
+from gelora_plugins.findings.results import Result
+from gelora_plugins.findings.summary import Comparison
 from tests.support.comparing import SETTINGS, compare_tiny, result, save_model
 
 SEARCHED = replace(SETTINGS, allocations=("plan", "uniform"), methods=("lora",), rates=(1e-3, 3e-3, 1e-2), rate_seeds=3)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gelora_plugins import json_files
-from gelora_plugins.compare.allocations import GRID
-from gelora_plugins.compare.record import diverged, made_of, read_lines
-from gelora_plugins.compare.stats import Difference, mean_interval, paired_difference
 from gelora_plugins.errors import PlanError
+from gelora_plugins.findings.arms import GRID
+from gelora_plugins.findings.record import diverged, made_of, read_lines
+from gelora_plugins.findings.stats import Difference, mean_interval, paired_difference
 
 Parts = tuple[tuple[float, ...], ...]
 

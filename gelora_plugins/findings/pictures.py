@@ -9,11 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gelora_plugins.compare.stats import mean_interval, pareto
+from gelora_plugins.findings.stats import mean_interval, pareto
 from gelora_plugins.text import label
 
 if TYPE_CHECKING:
-    from gelora_plugins.compare.results import Result
+    from gelora_plugins.findings.results import Result
 
     Tasks = Sequence[Mapping[str, Any]]  # as in experiment.json
 

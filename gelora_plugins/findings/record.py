@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from gelora_plugins.compare.allocations import Recipe
 from gelora_plugins.errors import PlanError, WriteError
+from gelora_plugins.findings.arms import Recipe
 from gelora_plugins.report.versions import versions
 
 

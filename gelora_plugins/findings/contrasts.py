@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gelora_plugins.compare.results import Parts, Result
-from gelora_plugins.compare.stats import (
+from gelora_plugins.findings.results import Parts, Result
+from gelora_plugins.findings.stats import (
     NO_VERDICT,
     NOT_TOLD,
     Difference,

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gelora_plugins import json_files
-from gelora_plugins.compare.allocations import GRID
-from gelora_plugins.compare.contrasts import Contrast, contrasts_of
-from gelora_plugins.compare.pictures import draw_pareto, draw_patterns, draw_rates
-from gelora_plugins.compare.results import Around, Gap, Result, read_task
-from gelora_plugins.compare.stats import NOT_TOLD
 from gelora_plugins.errors import PlanError
+from gelora_plugins.findings.arms import GRID
+from gelora_plugins.findings.contrasts import Contrast, contrasts_of
+from gelora_plugins.findings.pictures import draw_pareto, draw_patterns, draw_rates
+from gelora_plugins.findings.results import Around, Gap, Result, read_task
+from gelora_plugins.findings.stats import NOT_TOLD
 from gelora_plugins.text import markdown
 
 WORDS = ("better", "worse", "equal", NOT_TOLD)  # what a verdict begins with
