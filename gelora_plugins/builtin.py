@@ -40,6 +40,20 @@ def register_rank_policies() -> dict[str, Any]:
 
 
 @hookimpl
+def register_rank_rules() -> dict[str, Any]:
+    from gelora_plugins.ranks import totals
+
+    return {
+        "auto": totals.auto,
+        "rows": totals.rows,
+        "tokens": totals.tokens,
+        "dimension_mean": totals.dimension_mean,
+        "dimension_max": totals.dimension_max,
+        "dimension_last": totals.dimension_last,
+    }
+
+
+@hookimpl
 def register_training_methods() -> dict[str, Any]:
     from gelora_plugins.methods import adalora, beamlora, cola, diffora, flat_lora, lora_pro, rm_lora, sora, xgblora
 

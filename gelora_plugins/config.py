@@ -30,7 +30,7 @@ class GeLoRAConfig:
         metadata={
             "help": "How dimensions become ranks: `gelora` (as published: growth of the dimension over the block, "
             "plus one), `budget` (the same relative need within the parameters that your own `r` costs) or "
-            "`uniform` (your own `r` everywhere, as a control: measures, and changes nothing)."
+            "`uniform` (your own `r`, or what `rank` says, everywhere, as a control)."
         },
     )
     estimator: str = field(
@@ -57,6 +57,15 @@ class GeLoRAConfig:
         metadata={
             "help": "No rank is chosen below this, except where the matrices of a block can hold no more. The policy "
             "`budget` takes it out of the same parameters."
+        },
+    )
+    rank: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "What the policies `budget` and `uniform` spend in all, as the rank that costs it at every block: "
+            "your own `r` if not given, a number, or a rule: `auto` (8: no rule that was measured beats it), `rows` "
+            "(by the number of training rows), `tokens` (as many parameters as tokens to learn), `dimension_mean`, "
+            "`dimension_max` or `dimension_last` (of the measured dimensions)."
         },
     )
     scaling: str = field(
@@ -132,6 +141,7 @@ class GeLoRAConfig:
                 raise ConfigError(f"{name} is {value!r:.80}; expected a whole number of at least {least}.")
             if value > MOST:
                 raise ConfigError(f"{name} is more than {MOST}; expected a whole number of at most that.")
+        self._check_rank()
         choices = {
             "rounding": ROUNDINGS,
             "scaling": SCALINGS,
@@ -157,6 +167,18 @@ class GeLoRAConfig:
             raise ConfigError(f"plan is {self.plan!r}; expected the path of a saved plan, as a string.")
         if self.method is not None and not isinstance(self.method, str):
             raise ConfigError(f"method is {self.method!r}; expected a name, and options after it, as a string.")
+
+    def _check_rank(self) -> None:
+        if isinstance(self.rank, str) and self.rank.strip().isdecimal():  # as a command line has it
+            object.__setattr__(self, "rank", int(self.rank))
+        wrong = not isinstance(self.rank, int | str | None) or isinstance(self.rank, bool) or not str(self.rank).strip()
+        if wrong or (isinstance(self.rank, int) and not 1 <= self.rank <= MOST):
+            raise ConfigError(f"rank is {self.rank!r:.80}; expected a whole number from 1, or the name of a rule.")
+        if self.rank is not None and self.policy == "gelora":
+            raise ConfigError(
+                f"rank is {self.rank!r}, and the policy 'gelora' takes its ranks from dimensions alone. Add policy "
+                "'uniform' (that rank at every block) or 'budget' (what it costs, by need), or leave rank out."
+            )
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], *, where: str = "gelora") -> Self:

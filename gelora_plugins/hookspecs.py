@@ -34,6 +34,11 @@ def register_rank_policies() -> "Mapping[str, Callable[..., Any]]":
 
 
 @hookspec
+def register_rank_rules() -> "Mapping[str, Callable[..., Any]]":
+    """Rules for the total by name: profile, sites, base_rank -> the rank whose cost at every block a policy spends."""
+
+
+@hookspec
 def register_training_methods() -> "Mapping[str, Callable[..., Any]]":
     """Training methods by name: options -> `gelora_plugins.methods.base.TrainingMethod`, a TrainerCallback."""
 

@@ -77,6 +77,8 @@ def select_ranks(
         adapter = find_adapter(model)
         if config.plan is None:
             plugins.find("policy", config.policy)  # a misspelt name must not cost a probe
+            if isinstance(config.rank, str):
+                plugins.find("rank rule", config.rank)
             if adapter is not None:
                 adapter.check_fresh()
         layout = find_layout(model)
@@ -213,6 +215,8 @@ def _profile(
         num_repeated_inputs=probe_set.num_repeats,
         num_repeated_points=num_repeated_points,
         data_fingerprint=probe_set.fingerprint(store.num_filled),
+        num_rows=probe_set.num_rows,
+        num_targets=probe_set.num_targets,
         standardise=config.standardise,
         target_std_error=config.target_std_error,
         **facts,

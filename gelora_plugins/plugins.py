@@ -22,6 +22,7 @@ _KINDS = {
     "estimator": "register_estimators",
     "pooling": "register_poolings",
     "policy": "register_rank_policies",
+    "rank rule": "register_rank_rules",
     "method": "register_training_methods",
 }
 
@@ -68,7 +69,7 @@ def find_layout(model: "nn.Module") -> "ModelLayout":
 
 
 def find(kind: str, name: str) -> Callable[..., Any]:
-    """The estimator, pooling, policy or training method of that name.
+    """The estimator, pooling, policy, rank rule or training method of that name.
 
     Raises:
         ConfigError: there is none; the message lists what exists.
@@ -81,7 +82,7 @@ def find(kind: str, name: str) -> Callable[..., Any]:
 
 
 def available(kind: str) -> dict[str, Callable[..., Any]]:
-    """All estimators, poolings, policies or training methods by name.
+    """All estimators, poolings, policies, rank rules or training methods by name.
 
     Raises:
         PluginError: two plugins register one name, or a hook fails; they are named.

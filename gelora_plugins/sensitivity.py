@@ -191,6 +191,8 @@ def measure_sensitivity(
             "num_repeated_inputs": probe_set.num_repeats,
             "num_tokens": num_tokens,
             "data_fingerprint": probe_set.fingerprint(),
+            "num_rows": probe_set.num_rows,
+            "num_targets": probe_set.num_targets,
         }
         measured = partial(_profile, config, points, poolings, started, facts)
         profile = measured(chosen)

@@ -10,10 +10,11 @@ import typer
 from gelora_plugins.cli.options import MOST_RANK, AsJson, default_of, help_of
 from gelora_plugins.cli.shown import show, show_paths
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import LayoutError
+from gelora_plugins.errors import ConfigError, LayoutError
 
 EXAMPLES = (
     "gelora plan profile.json",
+    "gelora plan profile.json --policy uniform --rank tokens",
     "gelora plan profile.json --policy budget --rank 16 --alpha 32 --target-modules q_proj,v_proj -o plan.json",
 )
 
@@ -27,8 +28,12 @@ def plan(
     scaling: Annotated[str, typer.Option(help=help_of("scaling"))] = default_of("scaling"),
     on_unsure: Annotated[str, typer.Option(help=help_of("on_unsure"))] = default_of("on_unsure"),
     rank: Annotated[
-        int, typer.Option(min=1, max=MOST_RANK, help="Your own r: the budget, and what the scaling is measured by.")
-    ] = 8,
+        str,
+        typer.Option(
+            help="Your own r: the budget, and what the scaling is measured by. Or a rule that chooses the budget, with "
+            "the scaling of r = 8: auto, rows, tokens, dimension_mean, dimension_max, dimension_last."
+        ),
+    ] = "8",
     alpha: Annotated[float, typer.Option(help="Your own lora_alpha.")] = 16,
     rslora: Annotated[bool, typer.Option(help="Rank-stabilised LoRA: scaling is alpha / sqrt(r).")] = False,
     target_modules: Annotated[
@@ -46,8 +51,13 @@ def plan(
     sites = layout_sites(measured.layout, named(target_modules))
     if not sites:
         raise LayoutError(f"No linear map in the blocks of {profile} ends in any of: {target_modules}.")
-    config = GeLoRAConfig(policy=policy, rounding=rounding, min_rank=min_rank, scaling=scaling, on_unsure=on_unsure)
-    chosen = sure_plan(measured, config, sites, rank, lora_alpha=alpha, use_rslora=rslora)
+    own, rule = (int(rank), None) if rank.isdecimal() else (8, rank)
+    if not 1 <= own <= MOST_RANK:
+        raise ConfigError(f"--rank is {rank}; expected a whole number from 1 to {MOST_RANK}, or the name of a rule.")
+    config = GeLoRAConfig(
+        policy=policy, rounding=rounding, min_rank=min_rank, scaling=scaling, on_unsure=on_unsure, rank=rule
+    )
+    chosen = sure_plan(measured, config, sites, own, lora_alpha=alpha, use_rslora=rslora)
     chosen.save(output)
     show(chosen, as_json)
     show_paths([output], as_json)

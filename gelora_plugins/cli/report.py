@@ -9,6 +9,7 @@ import typer
 
 from gelora_plugins.cli.options import AsJson
 from gelora_plugins.cli.shown import show, show_paths
+from gelora_plugins.errors import PlanError
 
 EXAMPLES = (
     "gelora report plan.json",
@@ -28,10 +29,29 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Show: the verdict on a plan and its table, and with -o the files, report.html among them."""
-    from gelora_plugins.ranks.plan import RankPlan, find_plan
+    from gelora_plugins.ranks.plan import RankPlan
     from gelora_plugins.report.rank_report import RankReport
 
-    loaded = RankPlan.load(find_plan(plan))
+    loaded = RankPlan.load(_find_plan(plan))
     show(loaded, as_json)
     if output is not None:
         show_paths(RankReport(loaded).write(output), as_json)
+
+
+def _find_plan(place: Path) -> Path:
+    """The file of the plan at `place`: the file itself, or gelora/plan.json or plan.json of a directory.
+
+    Raises:
+        PlanError: the directory has neither.
+    """
+    from gelora_plugins.ranks.plan import PLAN
+
+    if not place.is_dir():
+        return place
+    found = next((path for path in (place / PLAN, place / PLAN.name) if path.is_file()), None)
+    if found is None:
+        raise PlanError(
+            f"{place} has neither {PLAN} nor {PLAN.name}. Give a plan, or the directory of a training, a "
+            "checkpoint or an adapter that GeLoRA chose the ranks of."
+        )
+    return found

@@ -103,6 +103,9 @@ class DimensionProfile:
             read in growing numbers.
         options: those that the measurement followed, by name; None in profiles from before they were recorded.
         model_name: what the model was loaded as, or None where that is not known.
+        num_rows: of the training set; None where it has no length, and in profiles from before this was recorded.
+        num_targets: tokens of those rows that have a label, or rows where a row has one label, as the rows that were
+            read let expect; None where they do not say.
         model_fingerprint: see `provenance.model_fingerprint`; None where there is none.
     """
 
@@ -122,6 +125,8 @@ class DimensionProfile:
     options: dict[str, Any] | None = None
     model_name: str | None = None
     model_fingerprint: str | None = None
+    num_rows: int | None = None
+    num_targets: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.estimates) != self.layout.num_boundaries:
@@ -256,6 +261,8 @@ class DimensionProfile:
             options=get("options", dict, null=True, since=True),
             model_name=get("model_name", str, null=True, since=True),
             model_fingerprint=get("model_fingerprint", str, null=True, since=True),
+            num_rows=get("num_rows", int, null=True, since=True),
+            num_targets=get("num_targets", int, null=True, since=True),
         )
 
 

@@ -51,12 +51,17 @@ class ProbeSet:
         num_repeats: inputs left out because the same input was already chosen.
         to_batch: makes a batch on the CPU of some of `documents`.
         length: tokens of a document, or 0 where they are not known.
+        num_rows: of the data set; None where it has no length.
+        num_targets: tokens of all rows that have a label, or rows where each has one label, as the rows that were read
+            let expect; None where those do not say.
     """
 
     documents: Sequence[Any]
     num_repeats: int
     to_batch: Callable[[Sequence[Any]], Batch]
     length: Callable[[Any], int]
+    num_rows: int | None = None
+    num_targets: int | None = None
 
     @property
     def num_documents(self) -> int:
@@ -97,6 +102,7 @@ def choose_documents(
             that takes them.
     """
     rows = _sample_rows(dataset, config)
+    num_rows = None if _is_stream(dataset) else len(dataset)
     first = next(rows, None)
     if first is None:
         raise ProbeError("The training dataset is empty; expected rows to measure on.")
@@ -112,9 +118,9 @@ def choose_documents(
         some = [compact(row) for source in ([first], islice(rows, config.probe_samples - 1)) for row in source]
         order(some)
         to_batch = batch_maker(collator, first, config.probe_max_length, accepted, seq2seq)
-        return ProbeSet(some, 0, to_batch, lambda row: 0)
+        return ProbeSet(some, 0, to_batch, lambda row: 0, num_rows)
     chosen: dict[tuple[tuple[int, ...], ...], None] = {}
-    num_repeats = 0
+    num_repeats = num_read = num_targets = 0
     for row in (r for source in ([first], rows) for r in source):
         beside = _beside_tokens(row, collator, accepted)
         if beside is None or beside:
@@ -123,6 +129,7 @@ def choose_documents(
                 f"A row is {describe(row)}; expected token ids alone ({more}). Pass the collator that makes the "
                 "batches, with the same columns in every row, or leave these columns out."
             )
+        num_read, num_targets = num_read + 1, num_targets + _num_targets(row)
         for document in _documents(row, config.probe_max_length, seq2seq):
             if document in chosen:
                 num_repeats += 1
@@ -134,7 +141,14 @@ def choose_documents(
     order(documents)
     fields = ("input_ids", "labels") if seq2seq else ("input_ids", "token_type_ids")
     pad = max(getattr(model_config, "pad_token_id", None) or 0, 0)  # old Llama configurations say -1
-    return ProbeSet(documents, num_repeats, lambda some: _pad(some, fields, pad), lambda document: len(document[0]))
+    return ProbeSet(
+        documents,
+        num_repeats,
+        lambda some: _pad(some, fields, pad),
+        lambda document: len(document[0]),
+        num_rows,
+        None if num_rows is None else round(num_targets / num_read * num_rows),
+    )
 
 
 def _sample_rows(dataset: Any, config: GeLoRAConfig) -> Iterator[Any]:
@@ -206,6 +220,17 @@ def _documents(row: Mapping[str, Any], max_length: int, seq2seq: bool) -> Iterat
         start += length
         if places:
             yield tuple(ids[i] for i in places), tuple(types[i] for i in places) if any(types) else ()
+
+
+def _num_targets(row: Mapping[str, Any]) -> int:
+    """Tokens of a row that have a label: by its labels, or TRL's masks; all of them where it has neither."""
+    labels = row.get("labels", row.get("label"))
+    if labels is not None:
+        several = hasattr(labels, "__len__") and getattr(labels, "shape", None) != ()
+        return sum(label != IGNORED_LABEL for label in _ints(row, "labels")) if several else 1
+    masks = [_each(row, name, row["input_ids"]) for name in ("completion_mask", "assistant_masks")]
+    masks = [mask for mask in (*masks, _ints(row, "attention_mask")) if mask]
+    return sum(map(all, zip(*masks, strict=True))) if masks else len(row["input_ids"])
 
 
 def _lengths(row: Mapping[str, Any], ids: list[int]) -> list[int]:

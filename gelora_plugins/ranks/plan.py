@@ -78,6 +78,9 @@ class RankPlan:
         min_rank: no rank was chosen below this.
         scaling_rule: "constant" where all ranks have the scaling of `base_rank`, "equal_step" where it falls as one
             over the rank.
+        total_rank: the rank whose cost at every block the policy was given in place of that of `base_rank`; None where
+            it was `base_rank` itself.
+        rank_rule: the name of the rule that chose `total_rank`; None where the user did.
         rank_changes: for each site the share, 0 to 1, of `profile.redraws()` in which the policy gives another rank;
             empty where the profile has none.
     """
@@ -93,6 +96,8 @@ class RankPlan:
     rank_changes: tuple[float, ...] = ()
     min_rank: int = 1
     scaling_rule: str = "constant"
+    total_rank: int | None = None
+    rank_rule: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.sites) or not self.sites:
@@ -111,6 +116,8 @@ class RankPlan:
                 raise PlanError(f"The rank of {site.name} is {rank!s:.80}; expected no more than {MAX_RANK}.")
         if not 1 <= self.min_rank <= MAX_RANK:
             raise PlanError(f"min_rank is {self.min_rank!r:.80}; expected a whole number from 1 to {MAX_RANK}.")
+        if not (1 <= self.total_rank <= MAX_RANK if self.total_rank is not None else self.rank_rule is None):
+            raise PlanError(f"total_rank is {self.total_rank!r:.80}; expected a whole number from 1 to {MAX_RANK}.")
         if self.scaling_rule not in SCALINGS:
             raise PlanError(f"The scaling rule is {self.scaling_rule!r:.80}; expected one of: {', '.join(SCALINGS)}.")
         if len({site.name for site in self.sites}) != len(self.sites):
@@ -149,8 +156,13 @@ class RankPlan:
     def _totals(self) -> str:
         return (
             f"LoRA ranks by the policy {printable(self.policy)}: {self.num_parameters:,} parameters, "
-            f"{self.num_base_parameters:,} at r = {self.base_rank}. {self.scaling_note()}"
+            f"{self.num_base_parameters:,} at r = {self.base_rank}. {self.scaling_note()}{self.total_note()}"
         )
+
+    def total_note(self) -> str:
+        """One sentence on what chose the total, with a space before it; empty where it is the user's own `r`."""
+        by = f", by the rule {printable(self.rank_rule)}" if self.rank_rule else ""
+        return f" In all what r = {self.total_rank} costs{by}." if self.total_rank else ""
 
     def plot(self) -> Any:
         """The picture of the plan, a `matplotlib.figure.Figure`: dimensions above, ranks below. A notebook shows it.
@@ -231,6 +243,7 @@ class RankPlan:
             "rounding": self.rounding,
             "min_rank": self.min_rank,
             "scaling": self.scaling_rule,
+            "rank": self.rank_rule or self.total_rank,
             "estimator": profile.estimator,
             "pooling": profile.pooling,
             "probe_seed": profile.seed,
@@ -311,24 +324,9 @@ class RankPlan:
             rank_changes=tuple(get("rank_changes", list)),
             min_rank=1 if min_rank is None else min_rank,
             scaling_rule="constant" if scaling_rule is None else scaling_rule,
+            total_rank=get("total_rank", int, null=True, since=True),
+            rank_rule=get("rank_rule", str, null=True, since=True),
         )
-
-
-def find_plan(place: str | os.PathLike[str]) -> Path:
-    """The file of the plan at `place`: the file itself, or gelora/plan.json or plan.json of a directory.
-
-    Raises:
-        PlanError: the directory has neither.
-    """
-    if not os.path.isdir(place):
-        return Path(place)
-    found = next((path for path in (Path(place, PLAN), Path(place, PLAN.name)) if path.is_file()), None)
-    if found is None:
-        raise PlanError(
-            f"{os.fspath(place)} has neither {PLAN} nor {PLAN.name}. Give a plan, or the directory of a training, a "
-            "checkpoint or an adapter that GeLoRA chose the ranks of."
-        )
-    return found
 
 
 def _site_from_dict(data: Mapping[str, Any]) -> Site:

@@ -9,6 +9,7 @@ from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.ranks.plan import RankPlan, Site
+from gelora_plugins.ranks.totals import total_rank
 
 Policy = Callable[[DimensionProfile, Sequence[Site], int, GeLoRAConfig], Sequence[int]]
 
@@ -27,20 +28,21 @@ def make_plan(
     A rank below `config.min_rank` is raised to it, and one above what the matrices of a site can hold is held to that.
 
     Raises:
-        ConfigError: the policy does not exist.
-        PlanError: the policy returned something else than one rank of at least 1 per site, for the profile or for one
-            of its redraws.
+        ConfigError: the policy, or the rule that `config.rank` names, does not exist.
+        PlanError: the rule cannot say; the policy returned something else than one rank of at least 1 per site, for
+            the profile or for one of its redraws.
     """
     policy: Policy = plugins.find("policy", config.policy)
+    total = total_rank(config.rank, profile, sites, base_rank)
 
     def chosen(measured: DimensionProfile) -> RankPlan:
-        ranks = policy(measured, sites, base_rank, config)
+        ranks = policy(measured, sites, total, config)
         if not isinstance(ranks, Iterable):
             raise PlanError(f"The policy {config.policy!r} returned {ranks!r:.80}; expected one rank per site.")
         try:
             return RankPlan(
                 sites=tuple(sites),
-                ranks=_held(tuple(ranks), sites, base_rank, config.min_rank),
+                ranks=_held(tuple(ranks), sites, total, config.min_rank),
                 base_rank=base_rank,
                 lora_alpha=lora_alpha,
                 use_rslora=use_rslora,
@@ -48,6 +50,8 @@ def make_plan(
                 rounding=config.rounding,
                 min_rank=config.min_rank,
                 scaling_rule=config.scaling,
+                total_rank=None if config.rank is None else total,
+                rank_rule=config.rank if isinstance(config.rank, str) else None,
                 profile=measured,
             )
         except PlanError as error:

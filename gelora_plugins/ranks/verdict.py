@@ -89,8 +89,13 @@ def sure_plan(
         raise PlanError(
             f"{verdict(plan)} on_unsure is 'raise': give more documents (probe_samples), or choose 'warn' or 'uniform'."
         )
-    logger.warning("%s Every block gets your own r instead, because on_unsure is 'uniform'.", verdict(plan))
-    return make_plan(profile, replace(config, policy="uniform"), sites, base_rank, **how)
+    alike = make_plan(profile, replace(config, policy="uniform"), sites, base_rank, **how)
+    logger.warning(
+        "%s Every block gets %s instead, because on_unsure is 'uniform'.",
+        verdict(plan),
+        "your own r" if plan.total_rank is None else f"r = {plan.total_rank}",
+    )
+    return alike
 
 
 def verdict(plan: RankPlan) -> str:

@@ -54,7 +54,7 @@ class RankReport:
         share = plan.num_parameters / plan.num_base_parameters
         lines = [
             f"LoRA parameters in the blocks: {plan.num_base_parameters:,} at r = {plan.base_rank}, "
-            f"{plan.num_parameters:,} as planned ({share:.0%}). {plan.scaling_note()}",
+            f"{plan.num_parameters:,} as planned ({share:.0%}). {plan.scaling_note()}{plan.total_note()}",
             f"Policy {plan.policy}, estimator {profile.estimator}, pooling {profile.pooling}"
             f"{', coordinates standardised' if profile.standardise else ''}. Measured on "
             f"{profile.num_documents:,} documents, {profile.num_tokens:,} tokens, in {profile.seconds:.1f} s.",
@@ -168,7 +168,8 @@ def _fullness(plan: RankPlan) -> list[str]:
     if not full:
         return []
     line = f"{len(full)} of {len(plan.sites)} blocks have the largest rank that a matrix in them can use."
-    left = plan.num_base_parameters - plan.num_parameters
+    left = (plan.total_rank or plan.base_rank) * sum(site.parameters_per_rank for site in plan.sites)
+    left -= plan.num_parameters
     if plan.policy == "budget" and left >= max(site.parameters_per_rank for site in plan.sites):
         line += f" {left:,} parameters of the budget could not be spent."
     return [line]

@@ -21,7 +21,8 @@ COUNT = 200
 VALUES = [None, True, False, 0, -1, 1, 7, 1.5, 1e308, 2**53, 10**400, "", "model", [], {}, [1], {"a": 1}]
 # What a plan says where a key is missing that earlier versions did not write.
 SINCE = {"max_rank": None, "options": None, "model_name": None, "model_fingerprint": None}
-SINCE |= {"min_rank": 1, "scaling_rule": "constant"}
+SINCE |= {"min_rank": 1, "scaling_rule": "constant", "total_rank": None, "rank_rule": None}
+SINCE |= {"num_rows": None, "num_targets": None}
 TEXTS = ["NaN", "Infinity", "-Infinity", "1e999", "null", '"\\ud800"', "[[[[", "\x00"]
 
 

@@ -439,6 +439,7 @@ def test_json_that_is_no_mapping(tmp_path, value):
 
 # Keys that plans of earlier versions lack.
 SINCE = {"max_rank", "options", "model_name", "model_fingerprint", "min_rank", "scaling_rule"}
+SINCE |= {"total_rank", "rank_rule", "num_rows", "num_targets"}
 
 
 @pytest.mark.parametrize("key", [key for key in PLAN.to_dict() if key not in SINCE | {"schema", "kind"}])

@@ -1,0 +1,169 @@
+"""Which r? Loss and score against the total rank, and what each rule for it costs, as PREREGISTRATION.md says:
+
+    python -m benchmarks.compare.which_r docstrings [--jobs 2]
+    python -m benchmarks.compare.which_r ag_news subj --data DIR [--jobs 2]
+
+Every arm, a uniform rank or a plan of the published policy, has its rate chosen by held-out training loss, and is then
+judged on test rows with other seeds. Runs go to benchmarks/results/which-r/TASK/runs.jsonl, what they come to beside
+them. A stopped script goes on.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from benchmarks.compare.tasks import MINILM, docstrings, from_files, minilm
+from benchmarks.machine import RESULTS, machine
+from gelora_plugins import GeLoRAConfig, json_files
+from gelora_plugins.compare.allocations import lora
+from gelora_plugins.compare.bench import Bench
+from gelora_plugins.compare.run import Trainers, measured
+from gelora_plugins.findings.arms import Recipe
+from gelora_plugins.findings.record import Record, Run, diverged, locked
+from gelora_plugins.findings.stats import Difference, mean_interval, paired_difference
+from gelora_plugins.ranks.planning import make_plan
+from gelora_plugins.ranks.totals import total_rank
+
+GRID = (1, 2, 4, 8, 16, 32, 64)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+CHOOSING, JUDGING = 2, 5  # seeds; those that choose are not among those that judge
+HEAD_RATE = 0.01
+SETTINGS = replace(MINILM, target_modules="all-linear", bf16=False)
+FOLDER = RESULTS / "which-r"
+RULES: tuple[int | str, ...] = (8, 16, 32, "rows", "tokens", "dimension_mean", "dimension_max", "dimension_last")
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="+", choices=["docstrings", "ag_news", "subj"])
+    parser.add_argument("--data", type=Path, help="folder of the tasks that are read from files")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    for name in options.tasks:
+        if name != "docstrings" and options.data is None:
+            raise SystemExit(f"{name} needs --data DIR with DIR/{name}/train.jsonl.gz and validation.jsonl.gz")
+        task = docstrings() if name == "docstrings" else from_files(name, options.data)
+        bench = Bench(minilm(), task, replace(SETTINGS, epochs=3 if name == "docstrings" else 1), options.output / name)
+        found = judge(bench, options.jobs)
+        json_files.write_json(options.output / name / "which_r.json", found)
+        print(*lines_of(found), sep="\n")
+
+
+def judge(bench: Bench, jobs: int) -> dict[str, Any]:
+    """Train every arm of a task at its own rate, and compare all with rank 8 and with the best of the grid."""
+    profile = measured(bench, GeLoRAConfig())
+    # What is learnt of a row is its label; the profile is measured on rows without.
+    profile = replace(profile, num_rows=len(bench.train), num_targets=len(bench.train))
+    arms = {f"r = {rank}": lora([rank] * len(bench.sites), bench.sites, keep_alpha=True) for rank in GRID}
+    for floor in (1, 2):
+        plan = make_plan(profile, GeLoRAConfig(min_rank=floor), bench.sites, 8, lora_alpha=16)
+        arms[f"published, floor {floor}"] = lora(plan.ranks, bench.sites, keep_alpha=True)
+    with locked(bench.folder), tqdm(unit="run") as bar:
+        record = Record(bench.folder / "runs.jsonl", bench.identity)
+        made = {name: _trained(record, bench, name, recipe, jobs, bar) for name, recipe in arms.items()}
+    losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
+    grid = [f"r = {rank}" for rank in GRID]
+    best = min(grid, key=lambda name: losses[name])
+    rows = [_row(name, arms[name], *made[name], made["r = 8"][1], made[best][1]) for name in arms]
+    chosen = {str(rule): total_rank(rule, profile, bench.sites, 8) for rule in RULES}
+    on_grid = {rule: min(GRID, key=lambda r: abs(math.log2(r / rank))) for rule, rank in chosen.items()}
+    return {
+        "machine": machine(),
+        "task": bench.task.name,
+        "train_rows": len(bench.train),
+        "test_rows": len(bench.test),
+        "parameters_per_rank": sum(site.parameters_per_rank for site in bench.sites),
+        "best": best,
+        "arms": rows,
+        "rules": [{"rule": rule, "rank": chosen[rule], "judged_as": f"r = {on_grid[rule]}"} for rule in chosen],
+    }
+
+
+def _trained(
+    record: Record, bench: Bench, name: str, recipe: Recipe, jobs: int, bar: Any
+) -> tuple[float, list[dict[str, Any]]]:
+    """(the rate that was chosen, the lines of the runs that judge it). A rate next to none is not chosen."""
+    runs = {
+        rate: [Run(name, "uniform", recipe, JUDGING + seed, rate, True, HEAD_RATE) for seed in range(CHOOSING)]
+        for rate in RATES
+    }
+    record.make([made for some in runs.values() for made in some], Trainers(bench, jobs), bar)
+    lines = {rate: [record.lines[made.key(bench.identity)] for made in some] for rate, some in runs.items()}
+    stable = [rate for rate in RATES if not any(map(diverged, lines[rate]))]
+    rate = min(stable, key=lambda rate: statistics.fmean(line["loss"] for line in lines[rate]))
+    judges = [Run(name, "uniform", recipe, seed, rate, False, HEAD_RATE) for seed in range(JUDGING)]
+    record.make(judges, Trainers(bench, jobs), bar)
+    found = [record.lines[made.key(bench.identity)] for made in judges]
+    if any(map(diverged, found)):
+        raise SystemExit(f"{name}: a seed diverged at the rate {rate:g}; nothing is averaged over it.")
+    return rate, found
+
+
+def _row(name: str, recipe: Recipe, rate: float, lines: Lines, eight: Lines, best: Lines) -> dict[str, Any]:
+    losses, scores = ([line[what] for line in lines] for what in ("loss", "score"))
+    return {
+        "arm": name,
+        "parameters": recipe.parameters,
+        "ranks": list(recipe.ranks),
+        "rate": rate,
+        "edge": rate in (RATES[0], RATES[-1]),
+        "loss": mean_interval(losses),
+        "score": [100 * x if x is not None else None for x in mean_interval(scores)],
+        "loss_less_that_of_8": _shown(paired_difference(losses, [line["loss"] for line in eight])),
+        "loss_less_the_best": _shown(paired_difference(losses, [line["loss"] for line in best])),
+        "score_less_that_of_8": _shown(_of_rows(lines, eight)),
+    }
+
+
+def _of_rows(ours: Lines, theirs: Lines) -> Difference:
+    """The difference of two scores in points, with the luck of seeds and of test rows."""
+    scores = ([100 * line["score"] for line in ours], [100 * line["score"] for line in theirs])
+    parts = ([[100 * x for x in line["parts"]] for line in ours], [[100 * x for x in line["parts"]] for line in theirs])
+    return paired_difference(*scores, parts)
+
+
+def _shown(difference: Difference) -> list[float | None]:
+    return [difference.mean, *(difference.interval or (None, None))]
+
+
+def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
+    """What was found as two Markdown tables."""
+    yield "| arm | parameters | loss | less that of 8 | score | less that of 8 | rate |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for arm in found["arms"]:
+        half = f" ± {arm['loss'][1]:.3f}"
+        yield (
+            f"| {arm['arm']} | {arm['parameters']:,} | {arm['loss'][0]:.3f}{half} | "
+            f"{_interval(arm['loss_less_that_of_8'], 3)} | {arm['score'][0]:.1f} ± {arm['score'][1]:.1f} | "
+            f"{_interval(arm['score_less_that_of_8'], 1)} | {arm['rate']:g}{' (edge)' if arm['edge'] else ''} |"
+        )
+    yield ""
+    yield "| rule | rank | loss less the best of the grid | less that of 8 | parameters |"
+    yield "| --- | --- | --- | --- | --- |"
+    arms = {arm["arm"]: arm for arm in found["arms"]}
+    for rule in found["rules"]:
+        arm = arms[rule["judged_as"]]
+        yield (
+            f"| {rule['rule']} | {rule['rank']} | {_interval(arm['loss_less_the_best'], 3)} | "
+            f"{_interval(arm['loss_less_that_of_8'], 3)} | {arm['parameters']:,} |"
+        )
+
+
+def _interval(values: Sequence[float | None], digits: int) -> str:
+    mean, low, high = values
+    if not mean and not low:
+        return "0"
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
