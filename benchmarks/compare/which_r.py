@@ -67,6 +67,11 @@ def judge(bench: Bench, jobs: int) -> dict[str, Any]:
     for floor in (1, 2):
         plan = make_plan(profile, GeLoRAConfig(min_rank=floor), bench.sites, 8, lora_alpha=16)
         arms[f"published, floor {floor}"] = lora(plan.ranks, bench.sites, keep_alpha=True)
+    half = len(bench.sites) // 2  # of six blocks of one size
+    arms |= {
+        name: lora(ranks, bench.sites, keep_alpha=True)
+        for name, ranks in (("early", [15] * half + [1] * half), ("late", [1] * half + [15] * half))
+    }
     with locked(bench.folder), tqdm(unit="run") as bar:
         record = Record(bench.folder / "runs.jsonl", bench.identity)
         made = {name: _trained(record, bench, name, recipe, jobs, bar) for name, recipe in arms.items()}

@@ -26,6 +26,7 @@ from gelora_plugins.findings.arms import TOLERANCE, Arm, Group, Recipe
 from gelora_plugins.findings.record import Record, Run, digest, locked, made_of
 from gelora_plugins.findings.summary import Comparison
 from gelora_plugins.pipeline import measure
+from gelora_plugins.ranks.guard import late_note
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.planning import make_plan
 from gelora_plugins.side_by_side import side_by_side
@@ -208,6 +209,7 @@ def design(
             continue
         plan = plans[name]
         plan.check_sites(bench.sites)
+        notes += [f"{name}: {note}" for note in (late_note(plan),) if note]
         seconds[name] = plan.profile.seconds
         keep = name in keep_alpha
         groups.append(plan_group(name, plan, settings.allocations, methods, settings.seeds, adaptive, keep_alpha=keep))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gelora_plugins import json_files
 from gelora_plugins.plugins import BUILT_INS, plugin_manager
+from gelora_plugins.ranks.guard import late_note
 from gelora_plugins.ranks.verdict import SETTLED, verdict
 from gelora_plugins.report.pictures import draw
 from gelora_plugins.report.table import COLUMNS, cells, plan_table, render
@@ -59,6 +60,7 @@ class RankReport:
             f"{', coordinates standardised' if profile.standardise else ''}. Measured on "
             f"{profile.num_documents:,} documents, {profile.num_tokens:,} tokens, in {profile.seconds:.1f} s.",
             *_fullness(plan),
+            *filter(None, [late_note(plan)]),
             *_sureness(plan),
         ]
         if self.trainable_before is not None and self.trainable_after is not None:

@@ -19,6 +19,7 @@ from gelora_plugins.errors import ConfigError, PlanError, ProbeError, WriteError
 from gelora_plugins.findings.arms import Recipe
 from gelora_plugins.findings.record import Record, Run, locked, read_lines
 from gelora_plugins.findings.summary import Comparison
+from gelora_plugins.ranks.guard import late_note
 from tests.support.comparing import (
     SETTINGS,
     UNEVEN,
@@ -379,6 +380,13 @@ def test_a_name_that_is_no_folder_of_its_own_is_refused(name: str, model: str, t
     bench = Bench(model, tiny_task(), PLAIN, tmp_path)
     with pytest.raises(ConfigError, match="The plan is called"):
         design(bench, {name: make_plan()})
+
+
+def test_a_plan_that_starves_late_blocks_is_named_in_the_report(model: str, tmp_path: Path) -> None:
+    bench = Bench(model, tiny_task(), PLAIN, tmp_path)
+    even, starving = uneven(bench), replace(uneven(bench), ranks=(9, 9, 1))
+    _, facts = design(bench, {"even": even, "starving": starving})
+    assert [note for note in facts["notes"] if "late" in note] == [f"starving: {late_note(starving)}"]
 
 
 @pytest.mark.parametrize("name", ["sst2", "mean, twonn_mle", "without + 1", "plan (2)", "r=8", "Übung", "v1.2-a"])
