@@ -10,7 +10,8 @@ import typer
 from gelora_plugins.cli.options import MOST_RANK, AsJson, default_of, help_of
 from gelora_plugins.cli.shown import show, show_paths
 from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import ConfigError, LayoutError
+from gelora_plugins.errors import LayoutError
+from gelora_plugins.plugins import available
 
 EXAMPLES = (
     "gelora plan profile.json",
@@ -42,6 +43,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Choose: a profile -> one rank per block, for LoraConfig or GeLoRACallback(plan=...). Needs no model."""
+    own, rule = (int(rank), None) if rank.removeprefix("-").isdecimal() else (8, rank)
+    if not 1 <= own <= MOST_RANK or rank not in {str(own), *available("rank rule")}:
+        raise typer.BadParameter(
+            f"{rank!r}; expected a whole number from 1 to {MOST_RANK}, or one of: {', '.join(available('rank rule'))}.",
+            param_hint="--rank",
+        )
     from gelora_plugins import json_files
     from gelora_plugins.dimension.profile import DimensionProfile
     from gelora_plugins.ranks.plan import layout_sites, named
@@ -51,9 +58,6 @@ def plan(
     sites = layout_sites(measured.layout, named(target_modules))
     if not sites:
         raise LayoutError(f"No linear map in the blocks of {profile} ends in any of: {target_modules}.")
-    own, rule = (int(rank), None) if rank.isdecimal() else (8, rank)
-    if not 1 <= own <= MOST_RANK:
-        raise ConfigError(f"--rank is {rank}; expected a whole number from 1 to {MOST_RANK}, or the name of a rule.")
     config = GeLoRAConfig(
         policy=policy, rounding=rounding, min_rank=min_rank, scaling=scaling, on_unsure=on_unsure, rank=rule
     )
