@@ -23,13 +23,15 @@ WORKERS = ("-m", "pytest", "-n", str(min(CORES, 8)), "--dist")
 PYTEST = (*WORKERS, "worksteal")
 AXOLOTL = (*WORKERS, "loadscope", "tests/axolotl")  # the tests of a class share a training
 # Where the package meets the frameworks: what newer ones can break.
-MEETING = ["tests/unit/probe/test_find_blocks.py", "tests/unit/probe/test_hidden_states.py"] + [
+MEETING = [
+    f"tests/unit/probe/test_{name}.py" for name in ("find_blocks", "hidden_states", "hidden_state_errors", "no_trace")
+] + [
     f"tests/integration/{folder}/test_{name}.py"
     for folder, names in {
         "methods": ("method_routes", "step_methods"),
         "models": ("families", "matrix"),
         "trainer": ("resume", "routes", "trackers", "trainer", "trainer_check"),
-        "trl": ("trl", "trl_rows"),
+        "trl": ("trl", "trl_command", "trl_preferences", "trl_rows"),
     }.items()
     for name in names
 ]

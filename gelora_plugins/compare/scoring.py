@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
+from sklearn import metrics
 from torch import Tensor
 
 from gelora_plugins.compare.task import Collator
@@ -81,6 +83,8 @@ def parts_of(metric: Callable[[Any, Any], float], answers: Any, labels: Any) -> 
     count, score = len(labels), metric(answers, labels)
     if metric is _accuracy:
         return (answers == labels).astype(float)
+    if count == 1:  # without it there is no score
+        return np.array([score])
     # A score is the same whichever of the rows with one answer and one label is left out.
     _, first, place = np.unique(np.stack([answers, labels]), axis=1, return_index=True, return_inverse=True)
     without = np.array([metric(np.delete(answers, i), np.delete(labels, i)) for i in first])[place.reshape(-1)]
@@ -88,23 +92,25 @@ def parts_of(metric: Callable[[Any, Any], float], answers: Any, labels: Any) -> 
 
 
 def _accuracy(answers: Any, labels: Any) -> float:
-    return float((answers == labels).mean())
+    return float(metrics.accuracy_score(labels, answers))
 
 
 def _matthews(answers: Any, labels: Any) -> float:
-    """For two labels it is the correlation of the two columns; 0 where one of them is constant, as is usual."""
-    return 0.0 if np.ptp(answers) == 0 or np.ptp(labels) == 0 else float(np.corrcoef(answers, labels)[0, 1])
+    """0 where the answers or the labels are constant; scikit-learn 1.9 says so too, with a warning."""
+    return 0.0 if _constant(answers, labels) else float(metrics.matthews_corrcoef(labels, answers))
 
 
 def _f1(answers: Any, labels: Any) -> float:
-    both, either = int((answers & labels).sum()), int(answers.sum() + labels.sum())
-    return 2 * both / either if either else 0.0
+    """Of label 1 of 0 and 1; 0 where no answer and no label is 1."""
+    return float(metrics.f1_score(labels, answers, zero_division=0))
 
 
 def _spearman(answers: Any, labels: Any) -> float:
-    from scipy.stats import spearmanr
+    return 0.0 if _constant(answers, labels) else float(spearmanr(answers, labels).statistic)
 
-    return 0.0 if np.ptp(answers) == 0 or np.ptp(labels) == 0 else float(spearmanr(answers, labels).statistic)
+
+def _constant(answers: Any, labels: Any) -> bool:
+    return bool(np.ptp(answers) == 0 or np.ptp(labels) == 0)
 
 
 def constant_loss(kind: str, train: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]) -> float:

@@ -28,8 +28,9 @@ from tests.readme.comparison import (
     verdicts,
 )
 from tests.readme.start import command_line, first_screen, quickstart, quickstart_report
-from tests.support.families import formats_read, models_read
+from tests.support.families import models_read
 from tests.support.kinds import matrix
+from tests.support.rows import formats_read
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -83,3 +83,24 @@ def valley(made: Run) -> float:
 def said(score: Callable[[Run], float | None], loss: Callable[[Run], float | None] = valley) -> Attempt:
     """In the place of `attempt`: no training, the score and the loss that are said."""
     return lambda bench, made, threads=None: result(made, score(made), loss(made))
+
+
+CHOSEN = replace(SETTINGS, allocations=("plan", "uniform", "permuted", "grid"), methods=("lora",))
+PLAIN = replace(CHOSEN, rates=(1e-3,))
+SCORES = {"mine": 0.8, "uniform": 0.7, "permuted": 0.6, "full": 0.9}
+Say = Callable[[Any], list[Run]]
+
+
+def usual(made: Run) -> float:
+    return SCORES[made.method] + 0.01 * made.seed
+
+
+def methods_of(found: Comparison) -> list[tuple[str, str]]:
+    return [(r.row, r.method) for r in found.results]
+
+
+WHOLE = [("mine", "mine"), ("mine", "uniform"), ("mine", "permuted"), ("uniform r = 4", "uniform")]
+
+
+def failing(made: Run, when: bool) -> Any:
+    return "OutOfMemoryError: no memory." if when else result(made, usual(made))

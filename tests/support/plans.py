@@ -1,5 +1,6 @@
 """Profiles, sites and plans with chosen numbers, for tests of what is done with them."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -99,3 +100,10 @@ def _estimate(value, replicates):
         interval=(0.9 * value, 1.1 * value),
         replicates=replicates,
     )
+
+
+PLAN = make_plan(dimensions=(None, *SST2[1:]), replicates=2, rank_changes=(0.0, 0.5, 1.0, 0.25, 0.0, 1.0))
+
+
+def as_json(plan):
+    return json.loads(json.dumps(plan.to_dict()))

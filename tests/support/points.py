@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from scipy.spatial.distance import cdist
 
+from gelora_plugins.dimension.neighbours import find_neighbours
+
 
 def gaussian(n, dim, embedding_dim=None, seed=0):
     rng = np.random.default_rng(seed)
@@ -18,3 +20,7 @@ def brute_force(points, k=2):
     distances = cdist(points, points)
     np.fill_diagonal(distances, np.inf)
     return np.sort(distances, axis=1)[:, :k]
+
+
+def nearest(points):
+    return find_neighbours(points, 1)

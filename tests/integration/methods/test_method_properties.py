@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gelora_plugins.methods.base import SIDECAR
+from gelora_plugins.methods.flat_lora import FlatLoRA
 from gelora_plugins.ranks.export import export_uniform
 from tests.support import groups
 from tests.support.forks import run_together, said
@@ -215,3 +216,17 @@ def test_a_training_that_fails_gives_back_what_it_borrowed(tmp_path: Path, name:
         trainer.train()
     assert trainer.args.max_grad_norm == 0.25
     assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+@EACH
+def test_flat_lora_goes_beside_it(tmp_path: Path, name: str) -> None:
+    """In either order: the noise follows the folded matrices, which the model holds when it is drawn."""
+    trained = []
+    for callbacks in ([METHODS[name]()], [METHODS[name](), FlatLoRA(0.3)], [FlatLoRA(0.3), METHODS[name]()]):
+        trainer = method_trainer(adapted(), tmp_path, *callbacks)
+        trainer.train()
+        trained.append((matrices(trainer.model), losses(trainer)))
+    (_, alone), (flat, noisy), (other_way, _) = trained
+    assert all(flat[key].equal(other_way[key]) for key in flat)
+    assert noisy[0] == alone[0]
+    assert noisy[1] != alone[1]

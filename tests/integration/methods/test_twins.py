@@ -22,7 +22,6 @@ from gelora_plugins.methods.lora_pro import LoRAPro
 from gelora_plugins.methods.rm_lora import RMLoRA
 from gelora_plugins.methods.xgblora import XGBLoRA, draw
 from tests.support.steps import (
-    METHODS,
     STEPS,
     Batches,
     adapted,
@@ -336,22 +335,3 @@ def test_flat_lora_is_noise_in_the_weights(tmp_path: Path, mode: str) -> None:
     plain = train(adapted(torch.float64), tmp_path, max_grad_norm=0.5, weight_decay=DECAY)
     with pytest.raises(AssertionError):
         assert_near(matrices(plain.model), matrices(twin), 1e-2)
-
-
-class Fails(TrainerCallback):
-    """Ends the training with an error in a step, after its first micro-batch."""
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            raise RuntimeError("in a step")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_training_that_fails_in_a_step_leaves_the_base_and_no_hooks(tmp_path: Path, name: str) -> None:
-    model = adapted()
-    before = {key: value.clone() for key, value in model.state_dict().items() if "lora_" not in key}
-    with pytest.raises(RuntimeError, match="in a step"):
-        train(model, tmp_path, METHODS[name](), Fails(), gradient_accumulation_steps=2)
-    assert_equal({key: value for key, value in model.state_dict().items() if "lora_" not in key}, before)
-    assert not any(module._forward_hooks for module in model.modules())
-    assert not any(parameter._backward_hooks for parameter in model.parameters())

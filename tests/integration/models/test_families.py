@@ -19,8 +19,9 @@ from gelora_plugins.probe import pooling
 from gelora_plugins.probe.find_blocks import find_transformers_layout
 from gelora_plugins.ranks.find_adapter import find_adapter
 from gelora_plugins.ranks.rehearsal import config_sites
-from tests.support.families import FAMILIES, FORMATS, SIZES, TEXT, VISION, Family, Format, lora, of
+from tests.support.families import FAMILIES, SIZES, TEXT, VISION, Family, lora, of
 from tests.support.probing import features_of
+from tests.support.rows import FORMATS, Format
 from tests.support.tiny import VOCABULARY, build
 from tests.support.training import arguments, layers, saved_plan, state_of
 

@@ -26,6 +26,12 @@ def test_of_accuracy_each_right_answer_is_one() -> None:
     assert parts.tolist() == [1.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("metric", SCORES)
+def test_one_row_adds_the_whole_score(metric: str) -> None:
+    """Left out, it leaves no rows to score."""
+    assert parts_of(SCORES[metric], np.array([1]), np.array([1])) == [SCORES[metric](np.array([1]), np.array([1]))]
+
+
 @pytest.mark.parametrize("metric", ["mcc", "f1", "spearman"])
 def test_their_spread_is_that_of_scores_over_draws_of_the_rows(metric: str) -> None:
     """The jackknife's error, on the average over draws, beside the spread of the scores: 200 draws know it to 5 %."""

@@ -142,7 +142,16 @@ def test_scores_are_what_they_are_by_hand() -> None:
     assert SCORES["f1"](answers, labels) == pytest.approx(4 / 6)
     assert SCORES["mcc"](answers, labels) == pytest.approx((2 * 2 - 1 * 1) / 9)
     assert SCORES["mcc"](np.ones(6), labels) == 0.0, "one answer to everything"
+    assert SCORES["mcc"](answers, np.zeros(6)) == 0.0, "one label on everything"
+    assert SCORES["f1"](answers, np.ones(6, int)) == pytest.approx(2 * 3 / (3 + 6))
+    assert SCORES["f1"](np.zeros(6, int), np.zeros(6, int)) == 0.0, "neither answers nor labels of 1"
     assert SCORES["spearman"](np.array([0.1, 5.0, 7.0]), np.array([1.0, 2.0, 9.0])) == pytest.approx(1.0)
+
+
+def test_f1_of_three_labels_is_no_number() -> None:
+    """A `Task` refuses it before; a score of one of the labels would be silently wrong."""
+    with pytest.raises(ValueError, match="multiclass"):
+        SCORES["f1"](np.array([0, 1, 2]), np.array([0, 1, 2]))
 
 
 def test_padding_and_prompts_are_not_in_the_loss() -> None:

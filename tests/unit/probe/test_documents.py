@@ -1,27 +1,17 @@
 import random
-import re
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
 
-from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import ProbeError
 from gelora_plugins.probe import pooling
-from gelora_plugins.probe.documents import ROWS_PER_DOCUMENT, choose_documents
+from gelora_plugins.probe.documents import ROWS_PER_DOCUMENT
 from gelora_plugins.probe.find_blocks import find_transformers_layout
+from tests.support.choosing import SEQ2SEQ, Rows, Stream, choose
 from tests.support.probing import features_of
 from tests.support.tiny import build
-
-DECODER = SimpleNamespace(is_encoder_decoder=False, pad_token_id=9)
-SEQ2SEQ = SimpleNamespace(is_encoder_decoder=True, pad_token_id=9)
-
-
-def choose(dataset, model_config=DECODER, collator=None, **options):
-    return choose_documents(dataset, GeLoRAConfig(**options), model_config, collator)
 
 
 def documents(probe_set, field="input_ids", mask="attention_mask"):
@@ -40,25 +30,6 @@ def numbered_rows(n):
 
 def numbers(probe_set):
     return [document[1] for document in documents(probe_set)]
-
-
-class Rows(Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.rows[i]
-
-
-class Stream(IterableDataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 class StreamThatKnowsItsLength(Stream):
@@ -321,146 +292,3 @@ def test_the_fingerprint_changes_with_the_data(other):
     rows = [{"input_ids": [5, 6]}, {"input_ids": [7, 8]}]
     assert choose(rows).fingerprint() == choose(rows).fingerprint()
     assert choose(other).fingerprint() != choose(rows).fingerprint()
-
-
-# Rows for a collator
-
-
-def images(n, side=2):
-    generator = torch.Generator().manual_seed(0)
-    return [{"pixel_values": torch.randn(3, side, side, generator=generator), "label": i} for i in range(n)]
-
-
-def stack(rows):
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["label"] for row in rows]),
-        "names": ["image"] * len(rows),
-    }
-
-
-def test_rows_without_token_ids_go_through_the_collator():
-    probe_set = choose(images(40), collator=stack, probe_samples=10)
-    batches = list(probe_set.batches(4))
-    assert [set(batch) for batch in batches] == [{"pixel_values", "labels"}] * 3
-    chosen = torch.cat([batch["labels"] for batch in batches]).tolist()
-    assert len(set(chosen)) == probe_set.num_documents == 10
-    assert chosen != list(range(10))
-
-
-def test_an_image_model_is_measured_through_its_collator():
-    model = build("vit")
-    batches = choose(images(7, side=8), model.config, collator=stack).batches(3)
-    points = features_of(model, find_transformers_layout(model), batches, pooling.mean).points
-    assert [len(p) for p in points] == [7] * 4
-
-
-def test_token_ids_with_an_image_beside_them_go_through_the_collator():
-    rows = [{"input_ids": [5, 6], "pixel_values": [[0.5]]}]
-    assert choose(rows, collator=lambda rows: {"seen": torch.ones(len(rows))}).num_documents == 1
-    with pytest.raises(ProbeError, match="A row is the fields input_ids, pixel_values; expected"):
-        choose(rows)
-
-
-def test_the_fingerprint_of_collated_rows_sees_every_entry_of_a_large_tensor():
-    rows, others = images(1, side=40), images(1, side=40)
-    others[0]["pixel_values"][1, 20, 20] += 1
-    assert choose(rows, collator=stack).fingerprint() == choose(images(1, side=40), collator=stack).fingerprint()
-    assert choose(rows, collator=stack).fingerprint() != choose(others, collator=stack).fingerprint()
-
-
-def test_the_fingerprint_of_images_does_not_hold_their_address():
-    class Image:
-        """As of Pillow: its repr says where it is in memory."""
-
-        def __init__(self, pixels):
-            self.tobytes = lambda: pixels
-
-    rows = [[{"image": Image(pixels)}] for pixels in (b"red", b"red", b"blue")]
-    red, again, blue = (choose(r, collator=stack).fingerprint() for r in rows)
-    assert red == again != blue
-
-
-# Errors
-
-
-@pytest.mark.parametrize("empty", [[], datasets.Dataset.from_list([]), Stream([]), Rows([])])
-def test_an_empty_dataset_is_an_error(empty):
-    with pytest.raises(ProbeError, match=r"^The training dataset is empty; expected rows to measure on\.$"):
-        choose(empty)
-
-
-def test_no_dataset_is_an_error():
-    with pytest.raises(ProbeError, match=r"^There is no training dataset; .* pass `train_dataset`\.$"):
-        choose(None)
-
-
-@pytest.mark.parametrize(
-    ("row", "shape"), [({"text": "a", "label": 1}, "the fields text, label"), ("a text", "a str"), ((1, 2), "a tuple")]
-)
-def test_rows_without_token_ids_and_without_a_collator_are_an_error(row, shape):
-    with pytest.raises(ProbeError, match=rf"^A row is {shape}; expected `input_ids`, or a collator"):
-        choose([row])
-
-
-def test_a_collator_that_fails_is_an_error_that_says_on_what():
-    def failing(rows):
-        raise KeyError("input_ids")
-
-    probe_set = choose([{"text": "a"}], collator=failing)
-    with pytest.raises(
-        ProbeError, match=r"^The data collator failed on rows with the fields text: KeyError: "
-    ) as error:
-        list(probe_set.batches(16))
-    assert isinstance(error.value.__cause__, KeyError)
-
-
-def test_a_collator_that_makes_no_batch_is_an_error():
-    probe_set = choose([{"prompt": "a"}], collator=list)
-    with pytest.raises(
-        ProbeError, match=r"^The data collator made a list of rows with the fields prompt; expected a map"
-    ):
-        list(probe_set.batches(16))
-
-
-@pytest.mark.parametrize("ids", [[[5, 6]], [0.5], ["a"], [5, None], 7, torch.tensor(7), torch.tensor([[5, 6]])])
-def test_token_ids_that_are_no_list_of_integers_are_an_error(ids):
-    with pytest.raises(ProbeError, match=f"^input_ids of a row is {re.escape(repr(ids))}; expected a list of whole"):
-        choose([{"input_ids": ids}])
-
-
-def test_an_encoder_decoder_whose_labels_are_all_ignored_is_an_error():
-    with pytest.raises(ProbeError, match=r"^A row has the fields input_ids, labels; expected labels with at least one"):
-        choose([{"input_ids": [5], "labels": [-100]}], SEQ2SEQ)
-
-
-@pytest.mark.parametrize(
-    ("column", "values", "said"),
-    [
-        ("attention_mask", [1, 1], "3 input_ids and 2 of attention_mask; expected one for each token"),
-        ("attention_mask", [1, 1, 1, 1], "3 input_ids and 4 of attention_mask"),
-        ("token_type_ids", [0, 1], "3 input_ids and 2 of token_type_ids"),
-        ("position_ids", [0, 1, 0, 1], "3 input_ids and 4 of position_ids"),
-        ("seq_lengths", [2, 2], "3 input_ids and seq_lengths of 4; expected the same"),
-        ("seq_lengths", [2], "3 input_ids and seq_lengths of 2; expected the same"),
-    ],
-)
-def test_columns_that_do_not_fit_the_token_ids_are_an_error(column, values, said):
-    with pytest.raises(ProbeError, match=said):
-        choose([{"input_ids": [1, 2, 3], column: values}])
-
-
-def test_a_mask_that_does_not_fit_is_an_error_for_an_encoder_decoder():
-    with pytest.raises(ProbeError, match="3 input_ids and 2 of attention_mask"):
-        choose([{"input_ids": [1, 2, 3], "labels": [1, 2], "attention_mask": [1, 1]}], SEQ2SEQ)
-
-
-@pytest.mark.parametrize("labels", [{"labels": 1}, {"labels": 0.5}, {"labels": torch.tensor(1)}, {}])
-def test_a_class_is_nothing_that_the_decoder_of_an_encoder_decoder_reads(labels):
-    (batch,) = choose([{"input_ids": [5, 6], **labels}], SEQ2SEQ).batches(16)
-    assert set(batch) == {"input_ids", "attention_mask"}
-
-
-def test_a_row_of_several_sequences_is_refused_with_the_way_out():
-    with pytest.raises(ProbeError, match=r"a row for each sequence: plan = select_ranks\(.*GeLoRACallback\(plan="):
-        choose([{"input_ids": [[5, 6], [7]]}])

@@ -1,51 +1,25 @@
-import pickle
-import random
 import warnings
 
 import accelerate
-import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
-from gelora_plugins.config import GeLoRAConfig
-from gelora_plugins.errors import LayoutError, ProbeError
-from gelora_plugins.layout import Block, ModelLayout
 from gelora_plugins.probe import pooling
 from gelora_plugins.probe.documents import choose_documents
 from gelora_plugins.probe.find_blocks import find_transformers_layout
 from gelora_plugins.probe.hidden_states import input_device
 from tests.support import probing
-from tests.support.tiny import BLOCKS, VOCABULARY, build
+from tests.support.probing import CONFIG, LENGTHS, features_of_rows, is_seq2seq, random_rows
+from tests.support.tiny import BLOCKS, build
 
-LENGTHS = (9, 4, 7, 2, 12, 5, 1)  # all different: batches are sorted by length, and so can be told apart
-CONFIG = GeLoRAConfig(probe_batch_size=3)
 TEXT_FAMILIES = ["llama", "gemma3_text", "gpt2", "opt", "bert", "roberta", "deberta-v2", "modernbert", "t5", "bart"]
 POOLINGS = {
     "mean": (pooling.mean, lambda hidden: hidden.mean(dim=0)),
     "first": (pooling.first, lambda hidden: hidden[0]),
     "last": (pooling.last, lambda hidden: hidden[-1]),
 }
-
-
-def random_rows(seq2seq=False):
-    rng = random.Random(0)
-
-    def ids(length):
-        return [rng.randrange(5, VOCABULARY) for _ in range(length)]
-
-    return [{"input_ids": ids(n), **({"labels": ids(14 - n)} if seq2seq else {})} for n in LENGTHS]
-
-
-def is_seq2seq(model):
-    return bool(model.config.is_encoder_decoder)
-
-
-def features_of(model, rows, pool=pooling.mean):
-    batches = choose_documents(rows, CONFIG, model.config, None).batches(CONFIG.probe_batch_size)
-    return probing.features_of(model, find_transformers_layout(model), batches, pool)
 
 
 def reference(model, rows, pool):
@@ -84,7 +58,7 @@ def test_points_are_those_of_documents_read_one_by_one(family, name):
     rows = random_rows(is_seq2seq(model))
     ours, plain = POOLINGS[name]
     theirs = reference(model, rows, plain)
-    points = features_of(model, rows, ours).points
+    points = features_of_rows(model, rows, ours).points
     assert len(points) == len(theirs)
     for boundary, (mine, expected) in enumerate(zip(points, theirs, strict=True)):
         assert torch.allclose(mine, expected, atol=1e-5, rtol=1e-5), boundary
@@ -107,7 +81,7 @@ def test_padding_of_rows_does_not_change_the_points(family, padded):
     model = build(family)
     rows = random_rows(is_seq2seq(model))
     with_padding = [{**row, **padded(row, model.config.pad_token_id)} for row in rows]
-    assert_same(features_of(model, with_padding), features_of(model, rows))
+    assert_same(features_of_rows(model, with_padding), features_of_rows(model, rows))
 
 
 def test_a_batch_that_is_padded_on_the_left_gives_the_same_points():
@@ -125,8 +99,8 @@ def test_a_batch_that_is_padded_on_the_left_gives_the_same_points():
 def test_token_types_of_pairs_reach_the_model():
     model = build("bert")
     rows = [{**row, "token_type_ids": [int(i > 0) for i in range(len(row["input_ids"]))]} for row in random_rows()]
-    typed = features_of(model, rows).points
-    untyped = features_of(model, random_rows()).points
+    typed = features_of_rows(model, rows).points
+    untyped = features_of_rows(model, random_rows()).points
     for ours, theirs, other in zip(
         typed, reference(model, rows, lambda hidden: hidden.mean(dim=0)), untyped, strict=True
     ):
@@ -173,16 +147,16 @@ def test_a_fresh_adapter_does_not_change_the_points():
 
 def test_dropout_is_off_while_measuring():
     dropping = build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
-    assert_same(features_of(dropping, random_rows()), features_of(build("gpt2"), random_rows()))
+    assert_same(features_of_rows(dropping, random_rows()), features_of_rows(build("gpt2"), random_rows()))
 
 
 def test_every_real_token_is_counted_once():
-    assert features_of(build("llama"), random_rows()).num_tokens == sum(LENGTHS)
+    assert features_of_rows(build("llama"), random_rows()).num_tokens == sum(LENGTHS)
 
 
 def test_half_precision_gives_finite_float32_points_without_gradients():
-    half = features_of(build("llama").to(torch.bfloat16), random_rows()).points
-    full = features_of(build("llama"), random_rows()).points
+    half = features_of_rows(build("llama").to(torch.bfloat16), random_rows()).points
+    full = features_of_rows(build("llama"), random_rows()).points
     for ours, theirs in zip(half, full, strict=True):
         assert ours.dtype is torch.float32
         assert ours.isfinite().all()
@@ -196,7 +170,7 @@ def test_no_cache_of_keys_and_values_is_made(family):
     caches = []
     backbone = model.get_submodule(find_transformers_layout(model).backbone)
     backbone.register_forward_hook(lambda m, args, output: caches.append(output.past_key_values))
-    features_of(model, random_rows(is_seq2seq(model)))
+    features_of_rows(model, random_rows(is_seq2seq(model)))
     assert caches
     assert set(caches) == {None}
     inputs = {"input_ids": torch.tensor([[5, 6]])}
@@ -208,7 +182,7 @@ def test_the_head_and_its_loss_are_not_computed():
     model = build("llama")
     calls = []
     model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
-    features_of(model, [{**row, "labels": row["input_ids"]} for row in random_rows()])
+    features_of_rows(model, [{**row, "labels": row["input_ids"]} for row in random_rows()])
     assert not calls
 
 
@@ -216,7 +190,7 @@ def test_labels_are_kept_from_a_model_that_is_its_own_backbone():
     model = build("t5")
     losses = []
     model.register_forward_hook(lambda m, args, output: losses.append(output.loss))
-    features_of(model, random_rows(seq2seq=True))
+    features_of_rows(model, random_rows(seq2seq=True))
     assert losses
     assert set(losses) == {None}
 
@@ -226,7 +200,7 @@ def test_the_head_of_a_model_that_is_its_own_backbone_reads_one_token_and_no_mor
     read = []
     model.lm_head.register_forward_hook(lambda module, args, output: read.append(output.shape[1]))
     rows = random_rows(seq2seq=True)
-    features_of(model, rows)
+    features_of_rows(model, rows)
     assert set(read) == {1}
     model(**{name: torch.tensor([value]) for name, value in rows[0].items()})
     assert read[-1] == len(rows[0]["labels"]) > 1
@@ -253,7 +227,7 @@ def test_the_mean_is_summed_in_float32():
 def test_the_model_runs_in_its_own_dtype(dtype):
     model, seen = build("llama").to(dtype), []
     model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
-    features_of(model, random_rows())
+    features_of_rows(model, random_rows())
     assert set(seen) == {dtype}
 
 
@@ -262,15 +236,15 @@ def test_the_model_runs_in_its_own_dtype(dtype):
 def test_gradient_checkpointing_changes_nothing_and_warns_of_nothing(family, reentrant, caplog):
     model = build(family)
     rows = random_rows(is_seq2seq(model))
-    plain = features_of(model, rows)
+    plain = features_of_rows(model, rows)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same(features_of(model, rows), plain)
+        assert_same(features_of_rows(model, rows), plain)
     assert not caplog.records
     assert model.is_gradient_checkpointing
-    assert not any(points.requires_grad for points in features_of(model, rows).points)
+    assert not any(points.requires_grad for points in features_of_rows(model, rows).points)
 
 
 # Weights that are elsewhere between calls
@@ -288,7 +262,7 @@ def offloaded(model, how, directory):
 
 @pytest.mark.parametrize("how", ["cpu", "disk", "some layers on disk"])
 def test_offloaded_weights_are_measured_and_go_back(how, tmp_path):
-    plain = features_of(build("llama"), random_rows())
+    plain = features_of_rows(build("llama"), random_rows())
     model = offloaded(build("llama"), how, str(tmp_path))
     devices = {name: p.device for name, p in model.named_parameters()}
     assert torch.device("meta") in devices.values()
@@ -306,222 +280,6 @@ def test_inputs_go_where_the_first_parameters_are_needed():
         hook.execution_device = device
         model.get_submodule(name)._hf_hook = SequentialHook(ModelHook(), hook)
     assert input_device(model.model) == torch.device("meta")
-
-
-# Traces
-
-
-def odd_model():
-    model = build("llama", attention_dropout=0.1).train()
-    model.model.layers[1].eval()
-    model.model.layers[2].mlp.train(False)
-    model.model.layers[0].requires_grad_(False)
-    return model
-
-
-def trace(model):
-    """Everything that measuring could leave behind."""
-    hooks = [
-        (name, key, list(value))
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if "_hooks" in key and isinstance(value, dict)
-    ]
-    return {
-        "python": random.getstate(),
-        "numpy": pickle.dumps(np.random.get_state()),
-        "torch": torch.get_rng_state().tolist(),
-        "modes": [(name, module.training) for name, module in model.named_modules()],
-        "hooks": hooks,
-        "gradients": [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()],
-        "tensors": {name: value.clone().numpy().tobytes() for name, value in model.state_dict().items()},
-        "buffers": {name: value.clone().numpy().tobytes() for name, value in model.named_buffers()},
-        "config": model.config.to_dict(),
-        "grad mode": torch.is_grad_enabled(),
-        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
-    }
-
-
-def drawing(hidden, mask):
-    random.random()
-    np.random.rand()
-    torch.rand(1)
-    return pooling.mean(hidden, mask)
-
-
-def test_nothing_of_the_measurement_stays():
-    model = odd_model()
-    before = trace(model)
-    features_of(model, random_rows(), drawing)
-    assert trace(model) == before
-
-
-def test_nothing_stays_when_the_pooling_fails_in_the_middle():
-    model = odd_model()
-    before = trace(model)
-    calls = []
-
-    def failing(hidden, mask):
-        calls.append(hidden)
-        if len(calls) == BLOCKS + 3:  # inside the second batch
-            raise RuntimeError("in the middle")
-        return drawing(hidden, mask)
-
-    with pytest.raises(ProbeError, match="in the middle"):
-        features_of(model, random_rows(), failing)
-    assert trace(model) == before
-
-
-def test_nothing_stays_when_the_batches_fail():
-    model = odd_model()
-    before = trace(model)
-
-    def batches():
-        torch.rand(1)
-        yield {"input_ids": torch.tensor([[5, 6, 7]])}
-        raise RuntimeError("no more")
-
-    with pytest.raises(RuntimeError, match="no more"):
-        probing.features_of(model, find_transformers_layout(model), batches(), pooling.mean)
-    assert trace(model) == before
-
-
-def test_hooks_of_the_user_stay():
-    model = build("llama")
-    calls = []
-    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    features_of(model, random_rows())
-    assert len(calls) == 3  # one a batch
-    model(input_ids=torch.tensor([[5, 6]]))
-    assert len(calls) == 4
-
-
-# Errors
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_damaged_weights_are_an_error_that_names_the_boundary(value):
-    model = build("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.fill_(value)
-    with pytest.raises(ProbeError, match=r"boundary 2 is not finite for 3 of 3 documents"):
-        features_of(model, random_rows())
-
-
-class Tag(nn.Module):
-    def forward(self, hidden_states):
-        return hidden_states
-
-
-class HalfTheTokens(nn.Module):
-    def forward(self, hidden_states):
-        return hidden_states[:, ::2]
-
-
-class NoTensor(nn.Module):
-    def forward(self, hidden_states):
-        return {"hidden_states": hidden_states}
-
-
-class Chain(nn.Module):
-    """A model that is not of transformers, with its layout; `order` says which block is called when."""
-
-    def __init__(self, *blocks, order=None):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 4)
-        self.blocks = nn.ModuleList(blocks)
-        self.order = order or range(len(blocks))
-        self.layout = ModelLayout("chain", "", (tuple(Block(f"blocks.{i}", ()) for i in range(len(blocks))),))
-
-    def forward(self, input_ids):
-        hidden = self.embedding(input_ids)
-        for i in self.order:
-            hidden = self.blocks[i](hidden_states=hidden)
-        return hidden
-
-
-def probe(chain, batch=None, pool=pooling.mean):
-    return probing.features_of(chain, chain.layout, [batch or {"input_ids": torch.tensor([[5, 6, 7, 8]])}], pool)
-
-
-def test_a_model_that_is_not_of_transformers_is_measured_with_its_layout():
-    chain = Chain(Tag(), Tag())
-    points = probe(chain).points
-    assert len(points) == 3
-    assert torch.allclose(points[2], chain.embedding(torch.tensor([5, 6, 7, 8])).mean(dim=0, keepdim=True))
-
-
-def test_a_hidden_state_with_fewer_tokens_is_an_error():
-    with pytest.raises(ProbeError, match=r"boundary 2 is \(1, 2, 4\); expected .* tokens \(1, 4\)"):
-        probe(Chain(Tag(), HalfTheTokens()))
-
-
-def test_a_block_that_gives_no_tensor_is_an_error():
-    with pytest.raises(ProbeError, match="boundary 1 is dict; expected"):
-        probe(Chain(NoTensor()))
-
-
-def test_a_block_that_is_shared_between_layers_is_an_error():
-    with pytest.raises(LayoutError, match=r"Boundary 2 was passed twice.*find_model_layout\(model\)"):
-        probe(Chain(Tag(), Tag(), order=[0, 1, 1]))
-
-
-def test_a_block_that_is_not_called_is_an_error():
-    with pytest.raises(LayoutError, match=r"Boundaries \[2\] were not passed.*find_model_layout\(model\)"):
-        probe(Chain(Tag(), Tag(), order=[0]))
-
-
-def test_a_document_without_tokens_is_an_error():
-    batch = {"input_ids": torch.tensor([[5, 6], [0, 0]]), "attention_mask": torch.tensor([[1, 1], [0, 0]])}
-    with pytest.raises(ProbeError, match="has no tokens"):
-        probe(Chain(Tag()), batch)
-
-
-@pytest.mark.parametrize("names", [["labels"], ["labels", "pixel_values"]])
-def test_a_batch_without_inputs_of_the_model_is_an_error(names):
-    with pytest.raises(
-        ProbeError, match=f"A batch has {', '.join(names)}; expected inputs that Chain takes.*input_ids"
-    ):
-        probe(Chain(Tag()), {name: torch.tensor([[1]]) for name in names})
-
-
-@pytest.mark.parametrize("pool", [lambda hidden, mask: hidden, lambda hidden, mask: hidden[0], lambda h, m: h[:, 0, 0]])
-def test_a_pooling_that_makes_no_point_per_document_is_an_error(pool):
-    with pytest.raises(ProbeError, match=r"The pooling made points of shape .* of 1 documents"):
-        probe(Chain(Tag()), pool=pool)
-
-
-@pytest.mark.parametrize("family", ["llama", "bert", "t5", "bart"])
-@pytest.mark.parametrize("token", [VOCABULARY, 10**6, -1])
-def test_a_token_beyond_the_vocabulary_is_an_error(family, token):
-    model = build(family)
-    rows = [{"input_ids": [5, token, 6]}, {"input_ids": [5, 6]}]
-    if is_seq2seq(model):
-        rows = [{**row, "labels": [7, 8]} for row in rows]
-    said = rf"^input_ids has the token {token}, and the model's vocabulary the tokens 0 to {VOCABULARY - 1}\."
-    with pytest.raises(ProbeError, match=said):
-        features_of(model, rows)
-
-
-def test_a_label_beyond_the_vocabulary_is_an_error_where_a_decoder_reads_it():
-    with pytest.raises(ProbeError, match=rf"^decoder_input_ids has the token {VOCABULARY}, "):
-        features_of(build("t5"), [{"input_ids": [5, 6], "labels": [VOCABULARY, 7]}])
-
-
-def test_tokens_that_were_added_to_the_model_are_no_error():
-    model = build("llama")
-    model.resize_token_embeddings(VOCABULARY + 1)
-    assert features_of(model, [{"input_ids": [5, VOCABULARY]}]).num_tokens == 2
-
-
-def test_an_encoder_decoder_without_labels_is_an_error():
-    model = build("t5")
-    with pytest.raises(
-        ProbeError, match="T5ForConditionalGeneration needs decoder inputs; expected `decoder_input_ids`"
-    ):
-        probing.features_of(
-            model, find_transformers_layout(model), [{"input_ids": torch.tensor([[5, 6]])}], pooling.mean
-        )
 
 
 def assert_same(features, others):
