@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import trl
 import yaml
 from datasets import Dataset
-from gelora_plugins.integrations.trl import GeLoRASFTTrainer, main
+from gelora_plugins.integrations.trl import GeLoRASFTTrainer, main, make_parser
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
@@ -473,6 +474,14 @@ def test_sft_command_refuses_what_it_would_ignore(options: dict[str, Any], tmp_p
         main(flags({**options, "on_failure": "ignore"}))
     with pytest.raises(ConfigError, match="budgte"):
         main(flags({**options, "policy": "budgte"}))
+
+
+def test_the_help_of_the_sft_command_begins_with_our_options() -> None:
+    text = make_parser().format_help()
+    ours = [text.index(f"--{field.name} ") for field in fields(GeLoRAConfig)]
+    assert ours == sorted(ours)
+    assert text.index("options:") < ours[0] < ours[-1] < text.index("--per_device_train_batch_size ")
+    assert text.index("\n\n") < 200  # the usage, which named every option
 
 
 def test_sft_command_names_a_file_that_cannot_be_read(options: dict[str, Any], tmp_path: Path) -> None:
