@@ -60,7 +60,7 @@ def select_ranks(
         config: the options.
         lora_config: for a model without an adapter, the configuration it will get; the default adapts every
             linear map of the blocks with PEFT's default `r` and `lora_alpha`.
-        progress: whether to show a progress bar.
+        progress: whether to show on standard error how far it is: a bar, or lines where that is no terminal.
         processes: `Processes.all()` where every process of a run makes this call: they share the work, the first
             one's rows are read, and all get its plan.
         autocast: what the forward passes run under: the mixed precision of the training, where it has one.

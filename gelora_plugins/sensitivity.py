@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gelora_plugins import json_files, plugins
 from gelora_plugins.config import ROUNDINGS, GeLoRAConfig
@@ -26,6 +25,7 @@ from gelora_plugins.probe.model_inputs import accepted_inputs
 from gelora_plugins.probe.no_trace import leaving_no_trace
 from gelora_plugins.probe.point_store import FeatureStore
 from gelora_plugins.probe.provenance import origin
+from gelora_plugins.progress import progress_bar
 from gelora_plugins.ranks.plan import Site, layout_sites
 from gelora_plugins.ranks.policies import check_dimensions
 from gelora_plugins.text import printable
@@ -197,7 +197,8 @@ def measure_sensitivity(
         measured = partial(_profile, config, points, poolings, started, facts)
         profile = measured(chosen)
         outcomes = [_outcome(chosen, profile, profile, sites, base_rank)]
-        for setting in tqdm(others, desc="GeLoRA settings", unit="setting", disable=not progress):
+        bar = progress_bar(others, total=len(others), desc="GeLoRA settings", unit="setting", shown=progress)
+        for setting in bar:
             try:
                 known = replace(setting, name=chosen.name, rounding=chosen.rounding) == chosen
                 outcomes.append(_outcome(setting, profile if known else measured(setting), profile, sites, base_rank))

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import PlanError
+from gelora_plugins.ranks.pattern_keys import lies_inside
 from gelora_plugins.ranks.plan import PLAN, RankPlan
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def _plan(path: Path, config: LoraConfig) -> RankPlan | None:
         return None
     for site, rank in zip(plan.sites, plan.ranks, strict=True):
         # A block in which some modules are the user's has a key for each of the others.
-        keys = [key for key in config.rank_pattern if key.startswith(site.pattern.removesuffix(".*"))]
+        keys = [key for key in config.rank_pattern if lies_inside(key, site.name)]
         if rank not in {config.rank_pattern[key] for key in keys}:
             logger.warning("%s is left out: it is not the plan of the ranks in adapter_config.json.", path / PLAN)
             return None

@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         GeLoRAError: an option cannot be used, or no ranks can be chosen.
     """
-    parser = TrlParser([*sft.make_parser().dataclass_types, GeLoRAConfig], prog="gelora sft", epilog=EXAMPLE)
+    parser = make_parser()
     try:
-        script_args, training_args, model_args, dataset_args, config = parser.parse_args_and_config(argv)
+        config, script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(argv)
     except GeLoRAError:
         raise
     except Exception as error:  # of the file, of YAML, of TRL's own checks
@@ -77,6 +77,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset_args.datasets = [DatasetConfig(path=kind, data_files=name)]
         dataset_args.streaming, script_args.dataset_name = script_args.dataset_streaming, None
     _run_script(config, script_args, training_args, model_args, dataset_args)
+
+
+def make_parser() -> TrlParser:
+    """GeLoRA's options, then those of TRL's script, which fill several pages."""
+    return TrlParser(
+        [GeLoRAConfig, *sft.make_parser().dataclass_types],
+        prog="gelora sft",
+        usage="gelora sft --model_name_or_path MODEL --dataset_name DATA --use_peft [options]",
+        description="TRL's SFT script with LoRA ranks chosen from the data. GeLoRA's options come first, TRL's after.",
+        epilog=EXAMPLE,
+    )
 
 
 def _run_script(config: GeLoRAConfig, *arguments: Any) -> None:

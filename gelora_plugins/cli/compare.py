@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gelora_plugins.cli.options import listed
+from gelora_plugins.cli.options import Quiet, listed
 from gelora_plugins.errors import ConfigError
 
 EXAMPLES = (
@@ -63,6 +62,7 @@ def compare(
         float, typer.Option(help="Methods are equal where they differ by no more, with 95 % confidence; in hundredths.")
     ] = 0.0,
     jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    quiet: Quiet = False,
 ) -> None:
     """Compare: allocations of ranks, and ways of training them, at equal parameters, on your model and data."""
     from dataclasses import replace
@@ -83,7 +83,7 @@ def compare(
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
     plans = _by_name(plan, RankPlan.load) if plan else None
     loaded = load_task(name or Path(data).name.lstrip(".").split(".")[0], task, data, test, metric=metric, **sizes)
-    found = run(model, loaded, output, settings, plans=plans, jobs=jobs, progress=sys.stderr.isatty())
+    found = run(model, loaded, output, settings, plans=plans, jobs=jobs, progress=not quiet)
     typer.echo(found.table(loaded.name))
     for line in found.lines():
         typer.echo(line)

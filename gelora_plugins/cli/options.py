@@ -14,6 +14,7 @@ MOST_RANK = 2**16  # no linear map that is trained today has a longer side
 AsJson = Annotated[
     bool, typer.Option("--json", help="The report as JSON on standard output, and nothing else; the rest on stderr.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error; warnings and errors stay.")]
 _OPTIONS = {field.name: field for field in fields(GeLoRAConfig)}
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gelora_plugins.cli.options import MOST_RANK, default_of, help_of
-from gelora_plugins.cli.shown import print_table
+from gelora_plugins.cli.options import MOST_RANK, Quiet, default_of, help_of
+from gelora_plugins.cli.shown import print_table, without_bars
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, ProbeError
 from gelora_plugins.mistakes import reason
@@ -76,6 +75,7 @@ def probe(
         int,
         typer.Option(min=1, max=MOST_RANK, help="Your own r, for --sensitivity: what the policy budget spends."),
     ] = 8,
+    quiet: Quiet = False,
 ) -> None:
     """Measure: hidden states of DATA in MODEL -> intrinsic dimension at every block boundary."""
     config = GeLoRAConfig(
@@ -98,9 +98,13 @@ def probe(
     plugins.find("pooling", pooling)
     dataset = load_rows(data, split)
     check_fields(dataset.column_names, text_field, data)
-    loaded, tokenizer = _load(model, task, dtype, _placed(device, device_map, load_in_4bit))
-    rows = _prepared(dataset, loaded, tokenizer, text_field, data, probe_max_length)
-    profile = _probe_all(loaded, rows, config, rank, output) if sensitivity else _probe(loaded, rows, config)
+    with without_bars(quiet):
+        loaded, tokenizer = _load(model, task, dtype, _placed(device, device_map, load_in_4bit))
+        rows = _prepared(dataset, loaded, tokenizer, text_field, data, probe_max_length)
+        if sensitivity:
+            profile = _probe_all(loaded, rows, config, rank, output, not quiet)
+        else:
+            profile = _probe(loaded, rows, config, not quiet)
     json_files.write_json(output, profile.to_dict())
     for note in profile.notes():
         typer.echo(printable(note))
@@ -122,20 +126,22 @@ def _prepared(dataset: Any, model: Any, tokenizer: Any, text_field: str, data: s
     return rows
 
 
-def _probe(model: Any, rows: Any, config: GeLoRAConfig) -> DimensionProfile:
+def _probe(model: Any, rows: Any, config: GeLoRAConfig, progress: bool) -> DimensionProfile:
     from gelora_plugins.pipeline import measure
 
-    profile = measure(model, rows, config, progress=sys.stderr.isatty())
+    profile = measure(model, rows, config, progress=progress)
     for boundary, estimate in enumerate(profile.estimates):
         typer.echo(f"boundary {boundary:3d}  {estimate}")
     return profile
 
 
-def _probe_all(model: Any, rows: Any, config: GeLoRAConfig, rank: int, output: Path) -> DimensionProfile:
+def _probe_all(
+    model: Any, rows: Any, config: GeLoRAConfig, rank: int, output: Path, progress: bool
+) -> DimensionProfile:
     from gelora_plugins import json_files
     from gelora_plugins.sensitivity import measure_sensitivity
 
-    found = measure_sensitivity(model, rows, config, base_rank=rank, progress=sys.stderr.isatty())
+    found = measure_sensitivity(model, rows, config, base_rank=rank, progress=progress)
     path = output.with_name("sensitivity.json")
     json_files.write_json(path, found.to_dict())
     print_table(found.table(), [*found.lines(), f"-> {path}"])

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from gelora_plugins import json_files
 from gelora_plugins.compare.allocations import OF_A_PLAN, grid_groups, lora, plan_group, rank_group, spread
@@ -26,6 +25,7 @@ from gelora_plugins.findings.arms import TOLERANCE, Arm, Group, Recipe
 from gelora_plugins.findings.record import Record, Run, digest, locked, made_of
 from gelora_plugins.findings.summary import Comparison
 from gelora_plugins.pipeline import measure
+from gelora_plugins.progress import progress_bar
 from gelora_plugins.ranks.guard import late_note
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.planning import make_plan
@@ -116,7 +116,7 @@ def _train(bench: Bench, groups: Sequence[Group], facts: Mapping[str, Any], work
             record.path,
         )
     path = bench.folder / "experiment.json"
-    with tqdm(total=0, desc=task.name, unit="run", disable=not progress) as bar:
+    with progress_bar(total=0, desc=task.name, unit="run", shown=progress) as bar:
         head_rate, head = _head(bench, record, workers, bar)
         facts = {**facts, "head": head}
         trials = _trials(groups, settings, head_rate, record, workers, bar)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import LayoutError, ProbeError
@@ -21,6 +20,7 @@ from gelora_plugins.probe.find_blocks import HOW_TO_REGISTER, OWN_RANKS, unwrap
 from gelora_plugins.probe.model_inputs import backbone_inputs, fit_mask, token_masks
 from gelora_plugins.probe.no_trace import leaving_no_trace
 from gelora_plugins.probe.point_store import FeatureStore, own_pages
+from gelora_plugins.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def read_documents(
         store.truncate(start)
         batches = probe_set.batches(batch_size, start, stop)
         total = -(-len(probe_set.documents[start:stop]) // batch_size)
-        with tqdm(batches, total=total, desc="GeLoRA probe", unit="batch", disable=not progress) as bar:
+        with progress_bar(batches, total=total, desc="GeLoRA probe", unit="batch", shown=progress) as bar:
             return collect_features(model, layout, bar, pooling, store, processes, autocast)
 
     return int(read())

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from gelora_plugins.errors import ApplyError, LayoutError
 from gelora_plugins.layout import ModelLayout
 from gelora_plugins.probe.find_blocks import unwrap
+from gelora_plugins.ranks.pattern_keys import keys_ever
 from gelora_plugins.ranks.patterns import matches_pattern, users_config
-from gelora_plugins.ranks.plan import Site, layout_sites
+from gelora_plugins.ranks.plan import Site
 
 # PEFT 0.21: every other `init_lora_weights` reads or rewrites the base weight, a second time if run again, or
 # (False, "orthogonal") makes lora_B other than 0, so that a fresh adapter cannot be told from a trained one.
@@ -58,7 +59,8 @@ class Adapter:
                 sides = [min(layer.in_features, layer.out_features) for layer in layers if layer.in_features]
                 sites.append(Site(block.name, sum(map(self._cost, layers)), max(sides, default=None)))
         if not sites:
-            if {site.pattern for site in layout_sites(layout, lambda name: True)} & set(self.config.rank_pattern):
+            whole = {key for block in layout.blocks for key in keys_ever(block.name, inside=True)}
+            if whole & set(self.config.rank_pattern):
                 raise LayoutError(
                     "The adapter was made with the ranks of a plan (rank_pattern names whole blocks), and none of its "
                     f"{len(self.layers)} target modules is left to choose a rank for. Train it as it is, with "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from gelora_plugins.errors import ApplyError, LayoutError, PlanError
 from gelora_plugins.layout import ModelLayout
+from gelora_plugins.ranks.pattern_keys import key_of, keys_ever, loose_key
 from gelora_plugins.ranks.plan import RankPlan
 
 IN_PLACE_ROUTE = (
@@ -90,17 +90,15 @@ def with_patterns(config: LoraConfig, plan: RankPlan, modules: Mapping[str, list
     """`planned_config`, for the modules of each block.
 
     Where a block has modules of the user's its other modules get a key each: the first match wins, but
-    `save_pretrained` sorts the keys (PEFT 0.21), so no key of ours may match a module of the user's. EVA alone matches
-    them with names that begin above the model, and would not find an anchored one (PEFT 0.21).
+    `save_pretrained` sorts the keys (PEFT 0.21), so no key of ours may match a module of the user's.
     """
-    anchor = "" if config.init_lora_weights == "eva" else "^"
+    write = loose_key if config.init_lora_weights == "eva" else key_of
     plan.check_scaling(config.r, config.lora_alpha, config.use_rslora)
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
     for site, rank in zip(plan.sites, plan.ranks, strict=True):
         names = modules[site.name]
         free = [name for name in names if not matches_pattern(config, name)]
-        for pattern in [site.pattern] if free == names else [f"^{re.escape(name)}" for name in free]:
-            key = anchor + pattern.removeprefix("^")
+        for key in [write(site.name, inside=True)] if free == names else map(write, free):
             ranks[key], alphas[key] = rank, plan.alpha(rank)
     changed = copy.copy(config)  # TRL's "ref" adapter shares the user's object
     changed.rank_pattern, changed.alpha_pattern = ranks, alphas
@@ -115,8 +113,8 @@ def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str
     may match modules of other ranks by now, and the first match wins, in the order in which PEFT saves them.
     """
     changed = copy.copy(config)
-    changed.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
-    changed.alpha_pattern = {f"^{re.escape(name)}": a for name, a in alphas.items() if a != config.lora_alpha}
+    changed.rank_pattern = {key_of(name): rank for name, rank in ranks.items() if rank != config.r}
+    changed.alpha_pattern = {key_of(name): a for name, a in alphas.items() if a != config.lora_alpha}
     return changed
 
 
@@ -134,10 +132,10 @@ def without_plan(config: LoraConfig, plan: RankPlan, names: Iterable[str]) -> Lo
     """
     if hasattr(config, OWN_PATTERNS):
         return users_config(config)
-    keys = {key for site in plan.sites for key in (site.pattern, site.pattern.removeprefix("^"))}
+    keys = {key for site in plan.sites for key in keys_ever(site.name, inside=True)}
     for site, rank in zip(plan.sites, plan.ranks, strict=True):
-        inside = [re.escape(name) for name in names if name.startswith(f"{site.name}.")]
-        keys.update(key for name in inside for key in (f"^{name}", name) if config.rank_pattern.get(key) == rank)
+        inside = [name for name in names if name.startswith(f"{site.name}.")]
+        keys.update(key for name in inside for key in keys_ever(name) if config.rank_pattern.get(key) == rank)
     ranks = {key: rank for key, rank in config.rank_pattern.items() if key not in keys}
     alphas = {key: alpha for key, alpha in config.alpha_pattern.items() if key not in keys}
     return _with_own(config, ranks, alphas)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
 from gelora_plugins.layout import ModelLayout
 from gelora_plugins.plugins import plugin_manager
+from gelora_plugins.ranks.pattern_keys import key_of
 from gelora_plugins.text import html_table, printable
 
 PLAN = Path("gelora", "plan.json")  # below an output directory of a training, and below each checkpoint
@@ -40,8 +40,8 @@ class Site:
 
     @property
     def pattern(self) -> str:
-        """Key for PEFT's patterns, which are regexes matched as `(.*\\.)?(KEY)$`: escaped, and anchored at the root."""
-        return f"^{re.escape(self.name)}\\..*"
+        """Key for PEFT's patterns."""
+        return key_of(self.name, inside=True)
 
 
 def layout_sites(layout: ModelLayout, is_target: Callable[[str], bool]) -> tuple[Site, ...]:
@@ -217,7 +217,7 @@ class RankPlan:
         return int(alpha) if alpha == int(alpha) else alpha
 
     def rank_pattern(self) -> dict[str, int]:
-        """`LoraConfig.rank_pattern`: one anchored, escaped key per site."""
+        """`LoraConfig.rank_pattern`: one key per site."""
         return {site.pattern: rank for site, rank in zip(self.sites, self.ranks, strict=True)}
 
     def alpha_pattern(self) -> dict[str, float]:

@@ -71,7 +71,7 @@ def command_line() -> str:
     parts = []
     for name, command in typer.main.get_command(app).commands.items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
-        options = [p for p in command.params if p.param_type_name == "option"]
+        options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
         parts.append(f"### gelora {name}\n\n{_cell(command.help)}\n")
         parts += [f"- `{p.name.upper()}`: {_cell(p.help)}" for p in arguments] + ([""] if arguments else [])
         if options:

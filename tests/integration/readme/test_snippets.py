@@ -3,9 +3,7 @@
 import re
 import shlex
 import tomllib
-from itertools import islice
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import pytest
@@ -16,9 +14,8 @@ from datasets import Dataset
 from gelora_plugins.integrations.axolotl_cli import gelora as axolotl_gelora
 from gelora_plugins.integrations.trl import EXAMPLE
 from peft import PeftConfig
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch.distributed.run import parse_args as torchrun_arguments
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import SFTConfig, TrlParser
 from trl.scripts import sft
 
@@ -27,11 +24,10 @@ from gelora_plugins import GeLoRAConfig, RankPlan
 from gelora_plugins.cli import app
 from gelora_plugins.demo import MODEL
 from tests.readme.parts import PAGES, ROOT
-from tests.support.tiny import VOCABULARY, build
+from tests.support.letters import texts
 from tests.support.training import ranks_by_block, rows
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LETTERS = [chr(code) for code in range(33, 127)][: VOCABULARY - 3]
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -46,30 +42,15 @@ def with_blocks(language: str) -> Any:
     return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory in which the name of the model on the hub is a tiny model with a tokenizer of single letters."""
-    words = Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate(LETTERS)}}, "?"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="</s>", pad_token="?")
-    tokenizer.save_pretrained(tmp_path / MODEL)
-    build("llama").save_pretrained(tmp_path / MODEL)
-    monkeypatch.setattr(topics, "topics", dict(islice(topics.topics.items(), 16)))  # a tenth, but of single letters
-    monkeypatch.setattr("gelora_plugins.report.rank_report.draw", lambda *args: None)  # half the time
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def given() -> dict[str, Any]:
     """What an example takes for granted: a model that was loaded, data, the arguments of a trainer."""
-    texts = ["".join(LETTERS[i % len(LETTERS)] for i in row["input_ids"]) for row in rows()]
     short: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 1, "report_to": [], "use_cpu": True}
     return {
         "model": AutoModelForCausalLM.from_pretrained(MODEL),
         "tokenizer": AutoTokenizer.from_pretrained(MODEL),
         "train_dataset": rows(),
-        "dataset": Dataset.from_list([{"text": text} for text in texts]),
-        "preferences": Dataset.from_list([{"prompt": t, "chosen": t[::-1], "rejected": "no"} for t in texts]),
+        "dataset": Dataset.from_list([{"text": text} for text in texts()]),
+        "preferences": Dataset.from_list([{"prompt": t, "chosen": t[::-1], "rejected": "no"} for t in texts()]),
         "args": TrainingArguments("out", **short),
         "sft_args": SFTConfig("out-sft", bf16=False, **short),
     }

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 import trl
 import yaml
-from gelora_plugins.integrations.trl import main
+from gelora_plugins.integrations.trl import main, make_parser
 from trl import SFTTrainer
 from trl.scripts import sft
 
+from gelora_plugins import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, GeLoRAError, ProbeError
 from tests.support.trl_runs import DOCUMENTS, LORA, check_saved, data, plan_of
 
@@ -92,6 +94,14 @@ def test_sft_command_refuses_what_it_would_ignore(options: dict[str, Any], tmp_p
         main(flags({**options, "on_failure": "ignore"}))
     with pytest.raises(ConfigError, match="budgte"):
         main(flags({**options, "policy": "budgte"}))
+
+
+def test_the_help_of_the_sft_command_begins_with_our_options() -> None:
+    text = make_parser().format_help()
+    ours = [text.index(f"--{field.name} ") for field in fields(GeLoRAConfig)]
+    assert ours == sorted(ours)
+    assert text.index("options:") < ours[0] < ours[-1] < text.index("--per_device_train_batch_size ")
+    assert text.index("\n\n") < 200  # the usage, which named every option
 
 
 def test_sft_command_names_a_file_that_cannot_be_read(options: dict[str, Any], tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_apply_plan_gives_every_module_its_blocks_rank_and_says_so(initialisatio
         assert layer.lora_A["default"].weight.any(dim=1).all()
         assert not layer.lora_B["default"].weight.any()
     config = model.peft_config["default"]
-    keys = [rf"^model\.layers\.{i}\..*" for i in range(3)]
+    keys = [rf"(?<=^model\.layers\.{i}\.).*" for i in range(3)]
     assert config.rank_pattern == dict(zip(keys, (2, 4, 7), strict=True))
     assert config.alpha_pattern == dict(zip(keys, (4, 8, 14), strict=True))
 

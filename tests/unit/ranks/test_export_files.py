@@ -261,7 +261,7 @@ def test_a_write_that_fails_leaves_nothing(
 
 
 def test_patterns_are_matched_as_peft_matches_them() -> None:
-    patterns = ["q", r"h\.1\.q", r"^h\.1\..*", "h.1", "1.q", r".*\.q", "k|q", "qq"]
+    patterns = ["q", r"h\.1\.q", r"^h\.1\..*", r"(?<=^h\.1\.).*", "h.1", "1.q", r".*\.q", "k|q", "qq"]
     for first in patterns:
         for second in patterns:
             pattern = dict.fromkeys([first, second], 0) | {first: 1}
