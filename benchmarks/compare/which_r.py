@@ -31,7 +31,8 @@ from gelora_plugins.ranks.planning import make_plan
 from gelora_plugins.ranks.totals import total_rank
 
 GRID = (1, 2, 4, 8, 16, 32, 64)
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+FIRST = 2  # the place in RATES at which the search of r = 8 begins
 CHOOSING, JUDGING = 2, 5  # seeds; those that choose are not among those that judge
 HEAD_RATE = 0.01
 SETTINGS = replace(MINILM, target_modules="all-linear", bf16=False)
@@ -74,7 +75,11 @@ def judge(bench: Bench, jobs: int) -> dict[str, Any]:
     }
     with locked(bench.folder), tqdm(unit="run") as bar:
         record = Record(bench.folder / "runs.jsonl", bench.identity)
-        made = {name: _trained(record, bench, name, recipe, jobs, bar) for name, recipe in arms.items()}
+        first = _chosen(record, bench, "r = 8", arms["r = 8"], FIRST, jobs, bar)
+        made = {}
+        for name, recipe in arms.items():
+            rate = RATES[_chosen(record, bench, name, recipe, first, jobs, bar)]
+            made[name] = rate, _judged(record, bench, name, recipe, rate, jobs, bar)
     losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
     grid = [f"r = {rank}" for rank in GRID]
     best = min(grid, key=lambda name: losses[name])
@@ -93,24 +98,38 @@ def judge(bench: Bench, jobs: int) -> dict[str, Any]:
     }
 
 
-def _trained(
-    record: Record, bench: Bench, name: str, recipe: Recipe, jobs: int, bar: Any
-) -> tuple[float, list[dict[str, Any]]]:
-    """(the rate that was chosen, the lines of the runs that judge it). A rate next to none is not chosen."""
-    runs = {
-        rate: [Run(name, "uniform", recipe, JUDGING + seed, rate, True, HEAD_RATE) for seed in range(CHOOSING)]
-        for rate in RATES
-    }
-    record.make([made for some in runs.values() for made in some], Trainers(bench, jobs), bar)
-    lines = {rate: [record.lines[made.key(bench.identity)] for made in some] for rate, some in runs.items()}
-    stable = [rate for rate in RATES if not any(map(diverged, lines[rate]))]
-    rate = min(stable, key=lambda rate: statistics.fmean(line["loss"] for line in lines[rate]))
+def _chosen(record: Record, bench: Bench, name: str, recipe: Recipe, first: int, jobs: int, bar: Any) -> int:
+    """The place in RATES of the rate with the lowest held-out loss: from `first` on, until both its neighbours are known.
+
+    One at which a seed diverges is worse than all others.
+    """
+    losses: dict[int, float] = {}
+    best = first
+    while missing := {max(best - 1, 0), best, min(best + 1, len(RATES) - 1)} - set(losses):
+        runs = {
+            place: [
+                Run(name, "uniform", recipe, JUDGING + seed, RATES[place], True, HEAD_RATE) for seed in range(CHOOSING)
+            ]
+            for place in missing
+        }
+        record.make([made for some in runs.values() for made in some], Trainers(bench, jobs), bar)
+        for place, some in runs.items():
+            lines = [record.lines[made.key(bench.identity)] for made in some]
+            gone = any(map(diverged, lines))
+            losses[place] = math.inf if gone else statistics.fmean(line["loss"] for line in lines)
+        best = min(losses, key=lambda place: losses[place])
+    return best
+
+
+def _judged(
+    record: Record, bench: Bench, name: str, recipe: Recipe, rate: float, jobs: int, bar: Any
+) -> list[dict[str, Any]]:
     judges = [Run(name, "uniform", recipe, seed, rate, False, HEAD_RATE) for seed in range(JUDGING)]
     record.make(judges, Trainers(bench, jobs), bar)
     found = [record.lines[made.key(bench.identity)] for made in judges]
     if any(map(diverged, found)):
         raise SystemExit(f"{name}: a seed diverged at the rate {rate:g}; nothing is averaged over it.")
-    return rate, found
+    return found
 
 
 def _row(name: str, recipe: Recipe, rate: float, lines: Lines, eight: Lines, best: Lines) -> dict[str, Any]:
