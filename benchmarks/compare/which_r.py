@@ -99,7 +99,7 @@ def judge(bench: Bench, jobs: int) -> dict[str, Any]:
 
 
 def _chosen(record: Record, bench: Bench, name: str, recipe: Recipe, first: int, jobs: int, bar: Any) -> int:
-    """The place in RATES of the rate with the lowest held-out loss: from `first` on, until both its neighbours are known.
+    """The place in RATES of the lowest held-out loss: from `first` on, until both neighbours of the best are known.
 
     One at which a seed diverges is worse than all others.
     """
