@@ -13,6 +13,7 @@ from gelora_plugins import json_files
 from gelora_plugins.errors import PlanError
 from gelora_plugins.findings.arms import GRID
 from gelora_plugins.findings.contrasts import Contrast, contrasts_of
+from gelora_plugins.findings.headroom import Headroom, read_headroom
 from gelora_plugins.findings.pictures import draw_pareto, draw_patterns, draw_rates
 from gelora_plugins.findings.results import Around, Gap, Result, read_task
 from gelora_plugins.findings.stats import NOT_TOLD
@@ -56,12 +57,13 @@ _RATES = ("method", "rate", "the next lower", "the next higher", "learns up to",
 
 @dataclass(frozen=True)
 class Comparison:
-    """All tasks of one folder: results, contrasts, what has no result and why, notes."""
+    """All tasks of one folder: results, contrasts, what has no result and why, what moving ranks could win, notes."""
 
     experiments: tuple[Mapping[str, Any], ...]
     results: tuple[Result, ...]
     contrasts: tuple[Contrast, ...]
     gaps: tuple[Gap, ...] = ()
+    headrooms: tuple[Headroom, ...] = ()
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Comparison:
@@ -76,9 +78,11 @@ class Comparison:
         experiments: list[Mapping[str, Any]] = []
         results: list[Result] = []
         gaps: list[Gap] = []
+        headrooms: list[Headroom] = []
         for path in paths:
             try:
                 experiment, found, without = read_task(path)
+                drawn, unfinished = read_headroom(path, experiment)
             except PlanError as error:
                 gaps.append(Gap(path.parent.name, str(error), unfinished=False))
                 continue
@@ -88,12 +92,14 @@ class Comparison:
                 continue
             experiments.append(experiment)
             results += found
-            gaps += without
+            headrooms += drawn
+            gaps += [*without, *unfinished]
         if not experiments:
             reason = gaps[0].reason if gaps else "expected TASK/experiment.json in it."
             raise PlanError(f"{os.fspath(folder)} holds no comparison; {reason}")
         margins = {e["task"]["name"]: float(e["settings"]["margin"]) for e in experiments}
-        return cls(tuple(experiments), tuple(results), tuple(contrasts_of(results, margins)), tuple(gaps))
+        contrasts = tuple(contrasts_of(results, margins))
+        return cls(tuple(experiments), tuple(results), contrasts, tuple(gaps), tuple(headrooms))
 
     def contrast(self, task: str, row: str, ours: str, theirs: str) -> Contrast:
         """The contrast of two methods. Raises KeyError when there is none."""
@@ -104,7 +110,7 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """What is missing, verdicts and notes, one sentence each; before those of several tasks what they come to."""
-        lines = [*map(str, self.gaps), *self._counts(), *map(str, self.contrasts)]
+        lines = [*map(str, self.gaps), *self._counts(), *map(str, (*self.headrooms, *self.contrasts))]
         for experiment in self.experiments:
             notes = [*_head(experiment), *experiment["notes"]]
             lines += [f"{experiment['task']['name']}: {note}" for note in notes]
@@ -144,6 +150,7 @@ class Comparison:
             ],
             "results": [_without_parts(asdict(result)) for result in self.results],
             "contrasts": [_without_no_rows(asdict(contrast)) for contrast in self.contrasts],
+            "headroom": [{**asdict(h), "layout": h.layout and asdict(h.layout)} for h in self.headrooms],
             "lines": self.lines(),
         }
 
@@ -161,6 +168,8 @@ class Comparison:
             )
             parts.append(self.table(task["name"]))
             parts += tables
+            for h in (h for h in self.headrooms if h.task == task["name"]):
+                parts.append(f"Random allocations at the cost of {markdown(h.row)}, {h.parameters:,}:\n\n{h.table()}")
         return "\n".join([*parts, *(f"- {markdown(line)}" for line in self.lines())]) + "\n"
 
     def table(self, task: str) -> str:
