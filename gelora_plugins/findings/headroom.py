@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +22,9 @@ from gelora_plugins.findings.arms import HEADROOM
 from gelora_plugins.findings.record import diverged, read_lines
 from gelora_plugins.findings.results import Gap, unit_of
 from gelora_plugins.findings.stats import LEVEL, NO_VERDICT
-from gelora_plugins.text import markdown
 
 MIN_ALLOCATIONS = 3  # the spread of two is none worth the name
-_COLUMNS = ("allocation", "ranks", "score", "over uniform", "shrunken")
+COLUMNS = ("allocation", "ranks", "score", "over uniform", "shrunken")
 
 
 @dataclass(frozen=True)
@@ -200,13 +199,12 @@ class Headroom:
         over = {a: sign * (statistics.fmean(a.learned) - uniform) for a in self.whole}
         return [(a, gain, found.mean + found.kept * (gain - found.mean)) for a, gain in over.items()]
 
-    def table(self) -> str:
-        """The allocations as a Markdown table, the best first; those that are left out last."""
+    def cells(self) -> Iterator[tuple[str, ...]]:
+        """What COLUMNS names: of uniform ranks, of the allocations, the best first, then of those that are left out."""
         shown = sorted(self.gains(), key=lambda gain: -gain[1])
-        rows: list[tuple[str, ...]] = [_COLUMNS, tuple("---" for _ in _COLUMNS), (*_cells(self.uniform), "", "")]
-        rows += [(*_cells(a), f"{over:+.3g}", f"{shrunken:+.3g}") for a, over, shrunken in shown]
-        rows += [(*_cells(a), "", "") for a in self.allocations if a not in [of for of, *_ in shown]]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+        yield (*_cells(self.uniform), "", "")
+        yield from ((*_cells(a), f"{over:+.3g}", f"{shrunken:+.3g}") for a, over, shrunken in shown)
+        yield from ((*_cells(a), "", "") for a in self.allocations if a not in [of for of, *_ in shown])
 
     def _left_out(self) -> str:
         gone = [f"{name} ({reason})" for name, reason in self.failures.items()]
@@ -272,4 +270,4 @@ def _cells(allocation: Allocation) -> tuple[str, str, str]:
     gone = allocation.scores.count(None)
     mean = f"{statistics.fmean(allocation.learned):.4g}" if allocation.scores and not gone else ""
     said = f"{gone} of {len(allocation.scores)} seeds diverged" if gone else mean or "failed"
-    return markdown(allocation.name), ", ".join(map(str, allocation.ranks)), said
+    return allocation.name, ", ".join(map(str, allocation.ranks)), said

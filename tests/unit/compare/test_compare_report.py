@@ -49,6 +49,7 @@ def test_the_report_is_written_and_read_again(made: Any, tmp_path: Path) -> None
     assert [path.name for path in paths] == [
         "comparison.json",
         "comparison.md",
+        "comparison.html",
         "pareto.png",
         "patterns.png",
         "rates.png",
