@@ -12,6 +12,7 @@ from gelora_plugins.errors import ConfigError
 
 EXAMPLES = (
     "gelora compare MODEL train.jsonl --task classification --rows-per-seed 600",
+    "gelora compare MODEL train.jsonl --task classification --allocations uniform --methods lora --headroom 18",
     "gelora compare MODEL train.jsonl --test test.jsonl --task causal-lm --plan plan.json --jobs 2",
 )
 
@@ -41,6 +42,13 @@ def compare(
         str, typer.Option(help="all-linear, or the endings of module names, with commas: q_proj,v_proj.")
     ] = "all-linear",
     grid: Annotated[str, typer.Option(help="Uniform ranks to compare with, with commas.")] = "1,2,4,8,16,32",
+    headroom: Annotated[
+        int,
+        typer.Option(
+            help="Random allocations to train at the cost of each plan, at the rates of uniform ranks: how much could "
+            "be won by moving ranks; 18 say something."
+        ),
+    ] = 0,
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 5,
     rates: Annotated[
         str, typer.Option(help="Learning rates that each search begins with, with commas; one is not chosen but taken.")
@@ -79,7 +87,7 @@ def compare(
     settings = Settings(rank, alpha, target_modules, listed(allocations, str), listed(methods, str))
     settings = replace(settings, grid=listed(grid, int), seeds=seeds, rates=listed(rates, float))
     settings = replace(settings, rate_seeds=rate_seeds, head_rate=head_rate, rows_per_seed=rows_per_seed, epochs=epochs)
-    settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16)
+    settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16, headroom=headroom)
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
     plans = _by_name(plan, RankPlan.load) if plan else None
     loaded = load_task(name or Path(data).name.lstrip(".").split(".")[0], task, data, test, metric=metric, **sizes)

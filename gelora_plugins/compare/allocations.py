@@ -5,13 +5,14 @@ Integers and names; no model, no torch.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from gelora_plugins.errors import ConfigError, PlanError
-from gelora_plugins.findings.arms import GRID, Arm, Group, Recipe
+from gelora_plugins.findings.arms import GRID, HEADROOM, Arm, Group, Recipe
 from gelora_plugins.ranks.plan import RankPlan, Site
 
 OF_A_PLAN = ("plan", "permuted", "reversed", "rate_only")
@@ -104,7 +105,7 @@ def plan_group(
     Raises:
         ConfigError: the plan is called as an arm is, so that the two could not be told apart where runs are read.
     """
-    if name in {*ALLOCATIONS[1:], *METHODS, *methods, *(adaptive or {})} or name.startswith(GRID):
+    if name in {*ALLOCATIONS[1:], *METHODS, *methods, *(adaptive or {})} or name.startswith((GRID, HEADROOM)):
         raise ConfigError(
             f"A plan is called {name!r}, as an arm of the comparison is. Give its file, which names it, another name."
         )
@@ -159,6 +160,62 @@ def arm_name(allocation: str, method: str) -> str:
 def grid_groups(ranks: Sequence[int], sites: Sequence[Site]) -> tuple[Group, ...]:
     """One group for each rank that a user would otherwise search."""
     return tuple(Group(f"{GRID}{rank}", (Arm("uniform", (lora([rank] * len(sites), sites),)),)) for rank in ranks)
+
+
+def headroom_group(
+    name: str, total: int, count: int, sites: Sequence[Site], base_rank: int
+) -> tuple[Group | None, tuple[str, ...]]:
+    """Uniform ranks at `total` parameters and up to `count` random allocations at the same; notes.
+
+    No group where fewer than two exist, so that there is nothing to move.
+    """
+    ranks = spread(total, sites)
+    drawn = random_allocations(ranks, sites, count, base_rank)
+    notes = () if len(drawn) == count else (f"{HEADROOM}{name}: {len(drawn)} allocations exist, not {count}.",)
+    if len(drawn) < 2:
+        return None, notes
+    arms = {"uniform": ranks} | {f"random {i}": found for i, found in enumerate(drawn, 1)}
+    return Group(HEADROOM + name, tuple(Arm(arm, (lora(found, sites),)) for arm, found in arms.items())), notes
+
+
+def random_allocations(
+    ranks: Sequence[int], sites: Sequence[Site], count: int, base_rank: int, seed: int = 0
+) -> tuple[tuple[int, ...], ...]:
+    """Up to `count` different allocations that cost exactly what `ranks` do, each as likely as any other.
+
+    They are drawn from all that give each site a whole rank from 1 to the largest that it can use (`Site.most`). Where
+    one rank costs the same everywhere those are the compositions of the sum of the ranks. All, in random order, where
+    there are no more than `count`.
+    """
+    unit = math.gcd(*(site.parameters_per_rank for site in sites))
+    costs = [site.parameters_per_rank // unit for site in sites]
+    total = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    mosts = [min(site.most(base_rank), total // cost) for site, cost in zip(sites, costs, strict=True)]
+    ways = [[1] + [0] * total]  # ways[i][s]: in how many ways the first i sites cost s
+    for cost, most in zip(costs, mosts, strict=True):
+        before, found = ways[-1], [0] * (total + 1)
+        for s in range(cost, total + 1):
+            too_high = s - (most + 1) * cost
+            found[s] = found[s - cost] + before[s - cost] - (before[too_high] if too_high >= 0 else 0)
+        ways.append(found)
+    rng, exist = random.Random(seed), ways[-1][total]
+    places: dict[int, None] = {}
+    while len(places) < min(count, exist):
+        places[rng.randrange(exist)] = None
+    return tuple(_at_place(place, total, costs, ways) for place in places)
+
+
+def _at_place(place: int, left: int, costs: Sequence[int], ways: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The allocation number `place` of those that cost `left`, counted by the rank of the last site, then the next."""
+    ranks = []
+    for cost, before in zip(costs[::-1], ways[-2::-1], strict=True):
+        rank = 1
+        while place >= before[left - rank * cost]:
+            place -= before[left - rank * cost]
+            rank += 1
+        ranks.append(rank)
+        left -= rank * cost
+    return tuple(ranks[::-1])
 
 
 def check_allocations(names: Sequence[str]) -> None:

@@ -42,6 +42,8 @@ class Settings:
             wanted, as in "flat_lora sigma=0.1". Each trains each allocation but the grid, except those that choose
             ranks themselves.
         grid: the uniform ranks that a user would otherwise search.
+        headroom: how many random allocations to train at the cost of each plan, or of `rank` where there is none, to
+            say how much could be won by moving ranks; 0: none. They have the rates of uniform ranks.
         seeds: runs of each method; seed s fixes its head, its adapter, its data order and its rows.
         rows_per_seed: how many of the training rows each seed draws for itself, the same for every method; None: all,
             so that seeds do not vary the rows. What is measured once (GeLoRA's profile, EVA's components) is measured
@@ -64,6 +66,7 @@ class Settings:
     allocations: tuple[str, ...] = USUAL
     methods: tuple[str, ...] = METHODS
     grid: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    headroom: int = 0
     seeds: int = 5
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     rate_seeds: int = 5
@@ -92,10 +95,24 @@ class Settings:
             raise ConfigError(f"margin is {self.margin!r}; expected 0 or more.")
         if self.grid and min(self.grid) < 1:
             raise ConfigError(f"grid is {self.grid!r}; expected ranks of at least 1.")
+        if self.headroom:
+            self._check_headroom()
         if self.rows_per_seed is not None and self.rows_per_seed < 10:
             raise ConfigError(f"rows_per_seed is {self.rows_per_seed!r}; expected at least 10, or None.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is {self.warmup!r}; expected a share of the steps, from 0 to below 1.")
+
+    def _check_headroom(self) -> None:
+        if self.headroom < 3 or self.seeds < 2:
+            raise ConfigError(
+                f"headroom is {self.headroom!r} and seeds is {self.seeds!r}; expected 0, or at least 3 random "
+                "allocations and 2 seeds: their spread is what is asked for."
+            )
+        if "uniform" not in self.allocations or "lora" not in self.methods:
+            raise ConfigError(
+                "headroom needs uniform among the allocations and lora among the methods: random allocations have "
+                "their rates, and are compared with them."
+            )
 
     @property
     def scaling(self) -> float:

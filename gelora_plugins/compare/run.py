@@ -13,15 +13,31 @@ from typing import Any
 import torch
 
 from gelora_plugins import json_files
-from gelora_plugins.compare.allocations import OF_A_PLAN, grid_groups, lora, plan_group, rank_group, spread
+from gelora_plugins.compare.allocations import (
+    OF_A_PLAN,
+    grid_groups,
+    headroom_group,
+    lora,
+    plan_group,
+    rank_group,
+    spread,
+)
 from gelora_plugins.compare.bench import Bench, Settings
 from gelora_plugins.compare.task import Task, check_name
 from gelora_plugins.compare.train import attempt, chooses_ranks, first_parameters, measure_eva
-from gelora_plugins.compare.tuning import Search, Trial, head_search, judge, search_all, search_to_dict
+from gelora_plugins.compare.tuning import (
+    Search,
+    Trial,
+    at_rates_of_uniform,
+    head_search,
+    judge,
+    search_all,
+    search_to_dict,
+)
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.errors import PlanError
-from gelora_plugins.findings.arms import TOLERANCE, Arm, Group, Recipe
+from gelora_plugins.findings.arms import HEADROOM, TOLERANCE, Arm, Group, Recipe
 from gelora_plugins.findings.record import Record, Run, digest, locked, made_of
 from gelora_plugins.findings.summary import Comparison
 from gelora_plugins.pipeline import measure
@@ -120,9 +136,13 @@ def _train(bench: Bench, groups: Sequence[Group], facts: Mapping[str, Any], work
         head_rate, head = _head(bench, record, workers, bar)
         facts = {**facts, "head": head}
         trials = _trials(groups, settings, head_rate, record, workers, bar)
-        json_files.write_json(path, _experiment(bench, groups, facts, trials, record))
+        drawn = at_rates_of_uniform(groups, trials)
+        json_files.write_json(path, _experiment(bench, groups, facts, [*trials, *drawn], record))
         judge(trials, settings.seeds, record, workers, bar)
-        json_files.write_json(path, _experiment(bench, groups, facts, trials, record))
+        drawn = at_rates_of_uniform(groups, trials)  # which is another one now where seeds diverged
+        json_files.write_json(path, _experiment(bench, groups, facts, [*trials, *drawn], record))
+        judge(drawn, settings.seeds, record, workers, bar)
+        json_files.write_json(path, _experiment(bench, groups, facts, [*trials, *drawn], record))
 
 
 def _head(bench: Bench, record: Record, workers: Trainers, bar: Any) -> tuple[float | None, dict[str, Any] | None]:
@@ -143,8 +163,8 @@ def _head(bench: Bench, record: Record, workers: Trainers, bar: Any) -> tuple[fl
 def _trials(
     groups: Sequence[Group], settings: Settings, head_rate: float | None, record: Record, workers: Trainers, bar: Any
 ) -> list[Trial]:
-    """Every arm of every group with its rate."""
-    pairs = [(group.name, arm) for group in groups for arm in group.arms]
+    """Every arm with its rate, but for those of random allocations."""
+    pairs = [(group.name, arm) for group in groups if not group.name.startswith(HEADROOM) for arm in group.arms]
     if len(settings.rates) == 1:
         return [Trial(group, arm, head_rate, None, None, settings.rates[0]) for group, arm in pairs]
     first = [Run(group, arm.name, arm.recipes[0], 0, 0.0, choosing=True, head_rate=head_rate) for group, arm in pairs]
@@ -215,6 +235,10 @@ def design(
         groups.append(plan_group(name, plan, settings.allocations, methods, settings.seeds, adaptive, keep_alpha=keep))
     for group in groups:
         notes += [*group.notes, *_larger_at_first(bench, group)]
+    for name, total in totals.items() if settings.headroom else ():
+        drawn, few = headroom_group(name, total, settings.headroom, bench.sites, settings.rank)
+        groups += [] if drawn is None else [drawn]
+        notes += few
     if "grid" in settings.allocations and "lora" in methods:
         groups += grid_groups(settings.grid, bench.sites)
     if "full" in settings.methods:

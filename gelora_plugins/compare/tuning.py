@@ -8,7 +8,7 @@ from typing import Any
 
 from gelora_plugins.compare.bench import Settings
 from gelora_plugins.compare.rates import Choice, Found, choose, cliff_runs, next_runs
-from gelora_plugins.findings.arms import Arm, Recipe
+from gelora_plugins.findings.arms import HEADROOM, Arm, Group, Recipe
 from gelora_plugins.findings.record import Record, Run, Workers, diverged, excess
 
 FIRST_SEED = 1000  # of those that choose rates; those that judge begin at 0
@@ -166,6 +166,20 @@ def search_to_dict(search: Search, choice: Choice, record: Record) -> dict[str, 
     """JSON-able values: what a search came to, and its runs by rate."""
     runs = [{"rate": rate, "keys": keys} for rate, keys in search.done(record).items()]
     return {"chosen": choice.rate, **{k: v for k, v in asdict(choice).items() if k != "rate"}, "runs": runs}
+
+
+def at_rates_of_uniform(groups: Sequence[Group], trials: Sequence[Trial]) -> list[Trial]:
+    """The random allocations, each at the rates at which uniform ranks of the same cost are judged.
+
+    A search for each of them would cost twenty trainings or so, and its luck would pass for that of the allocation.
+    """
+    uniform = {trial.group: trial for trial in trials if trial.arm.name == "uniform"}
+    pairs = [(group, arm) for group in groups if group.name.startswith(HEADROOM) for arm in group.arms]
+    beside = [uniform[group.name.removeprefix(HEADROOM)] for group, _ in pairs]
+    return [
+        Trial(group.name, arm, trial.head_rate, None, None, trial.rate)
+        for (group, arm), trial in zip(pairs, beside, strict=True)
+    ]
 
 
 def judge(trials: Sequence[Trial], seeds: int, record: Record, workers: Workers, bar: Any) -> None:

@@ -13,6 +13,7 @@ from gelora_plugins.errors import PlanError
 
 TOLERANCE = 0.01  # LoRA parameters of the arms of a group may differ by this share, and no more
 GRID = "uniform r = "  # how the name of a group of the grid of uniform ranks begins
+HEADROOM = "headroom of "  # how the name of a group of random allocations begins; that of the group it is of follows
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Contrast:
     Attributes:
         difference: positive when `ours` is better, whatever the metric. Its interval and its p are the worst over the
             rates that could as well have been chosen for either.
-        corrected_p: by Holm for the number of tasks that have this contrast.
+        corrected_p: by Holm for the number of contrasts of the comparison, over all tasks and rows.
         verdict: "better", "worse", "not told apart", "equal within x", where x is within the margin, or "no verdict: "
             and why, as where seeds of one of them diverged.
     """
@@ -49,8 +49,8 @@ class Contrast:
         rows = f" and {d.rows:,} test rows" if d.rows else ""
         return (
             f"{said} (difference {d.mean:+.3g}, 95 % {d.interval[0]:+.3g} to {d.interval[1]:+.3g}, corrected p "
-            f"{self.corrected_p:.2g}; the smallest difference that {d.seeds} seeds{rows} could have shown: "
-            f"{d.smallest:.2g})."
+            f"{self.corrected_p:.2g}; the smallest difference that {d.seeds} seeds{rows} could have shown "
+            f"without the correction: {d.smallest:.2g})."
         )
 
 
@@ -65,7 +65,7 @@ def _as_words(verdict: str, theirs: str) -> str:
 def contrasts_of(results: Sequence[Result], margins: Mapping[str, float]) -> Iterator[Contrast]:
     """The plan against each control, each other arm against uniform, and a method on a plan against the plan.
 
-    The p values are corrected over the tasks.
+    The p values are corrected over all of them. In the order of rows and pairs, then of tasks.
     """
     found: dict[tuple[str, str, str], list[tuple[str, Difference]]] = {}
     at = {(result.task, result.row, result.method): result for result in results}
@@ -79,14 +79,14 @@ def contrasts_of(results: Sequence[Result], margins: Mapping[str, float]) -> Ite
                 found.setdefault((row, ours, theirs), []).append(
                     (task, _difference(at[task, row, ours], at[task, row, theirs]))
                 )
-    for (row, ours, theirs), by_task in found.items():
-        corrected = holm([difference.p for _, difference in by_task])
-        for (task, difference), p in zip(by_task, corrected, strict=True):
-            said = verdict(difference, p, margins[task])
-            for name in (ours, theirs):
-                if at[task, row, name].diverged:
-                    said = f"{NO_VERDICT}{name}: {at[task, row, name].diverged}"
-            yield Contrast(task, row, ours, theirs, difference, p, said)
+    family = [(task, *names, difference) for names, by_task in found.items() for task, difference in by_task]
+    corrected = holm([difference.p for *_, difference in family])
+    for (task, row, ours, theirs, difference), p in zip(family, corrected, strict=True):
+        said = verdict(difference, p, margins[task])
+        for name in (ours, theirs):
+            if at[task, row, name].diverged:
+                said = f"{NO_VERDICT}{name}: {at[task, row, name].diverged}"
+        yield Contrast(task, row, ours, theirs, difference, p, said)
 
 
 def _difference(ours: Result, theirs: Result) -> Difference:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gelora_plugins import json_files
 from gelora_plugins.errors import PlanError
-from gelora_plugins.findings.arms import GRID
+from gelora_plugins.findings.arms import GRID, HEADROOM
 from gelora_plugins.findings.record import diverged, made_of, read_lines
 from gelora_plugins.findings.stats import Difference, mean_interval, paired_difference
 
@@ -131,6 +131,8 @@ class Gap:
 def read_task(path: Path) -> tuple[Mapping[str, Any], list[Result], list[Gap]]:
     """(the experiment, results, what has none) of TASK/experiment.json and TASK/runs.jsonl.
 
+    Random allocations are no methods, and not among them: see `headroom.py`.
+
     Raises:
         PlanError: one of the files is damaged.
     """
@@ -148,7 +150,7 @@ def read_task(path: Path) -> tuple[Mapping[str, Any], list[Result], list[Gap]]:
 
 def _outcomes(experiment: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]) -> Iterator[Result | Gap]:
     for row in experiment["rows"]:
-        for method in row["methods"]:
+        for method in row["methods"] if not row["name"].startswith(HEADROOM) else ():
             made = [lines[key] for key in method["keys"] if key in lines]
             missing = sum(key not in lines for key in _keys(method))
             if made and not missing and not any(map(diverged, made)):
@@ -183,7 +185,7 @@ def _gap(
         reason = f"{len(made) - len(scores)} of {len(made)} seeds diverged at its best rate, {method['rate']:g}. "
         reason += "Give lower rates."
     if scores:
-        reason += f" The other scores: {', '.join(f'{_unit(experiment) * score:.4g}' for score in scores)}."
+        reason += f" The other scores: {', '.join(f'{unit_of(experiment) * score:.4g}' for score in scores)}."
     return Gap(experiment["task"]["name"], f"{row}, {method['name']}: {reason}", unfinished)
 
 
@@ -195,7 +197,7 @@ def _result(
     lines: Mapping[str, Mapping[str, Any]],
 ) -> Result:
     task, rates, search = experiment["task"], experiment["settings"]["rates"], method.get("search")
-    scores = tuple(_unit(experiment) * run["score"] for run in made)
+    scores = tuple(unit_of(experiment) * run["score"] for run in made)
     mean, half_width = mean_interval(scores)
     memory = [run["peak_memory"] for run in made]
     prepared = f"{row}/eva" if method["name"] == "eva" else row
@@ -224,7 +226,7 @@ def _result(
         stable=search["stable"] if search else None,
         cliff=search["cliff"] if search else None,
         around=around,
-        parts=_parts(made, _unit(experiment)),
+        parts=_parts(made, unit_of(experiment)),
     )
 
 
@@ -239,9 +241,9 @@ def _around(
     found = []
     for other in method.get("others", ()):
         made = [lines[key] for key in other["keys"]]
-        scores = tuple(None if diverged(run) else _unit(experiment) * run["score"] for run in made)
+        scores = tuple(None if diverged(run) else unit_of(experiment) * run["score"] for run in made)
         as_good = other["rate"] in method["search"]["as_good"]
-        found.append(Around(other["rate"], scores, as_good, _parts(made, _unit(experiment))))
+        found.append(Around(other["rate"], scores, as_good, _parts(made, unit_of(experiment))))
     return tuple(sorted(found, key=lambda around: around.rate))
 
 
@@ -256,7 +258,8 @@ def _search(search: Mapping[str, Any], lines: Mapping[str, Mapping[str, Any]]) -
     return tuple(found)
 
 
-def _unit(experiment: Mapping[str, Any]) -> float:
+def unit_of(experiment: Mapping[str, Any]) -> float:
+    """What a score as recorded is multiplied by where it is shown."""
     return 1.0 if experiment["task"]["metric"] == "loss" else 100.0
 
 

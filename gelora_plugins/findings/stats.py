@@ -24,8 +24,8 @@ class Difference:
         mean: of the differences.
         interval: 95 % interval of the mean; None with fewer than three seeds.
         p: two-sided; 1.0 with fewer than three seeds.
-        smallest: the smallest true difference that this many seeds show with 80 % power at the 5 % level; None with
-            fewer than three seeds.
+        smallest: the smallest true difference that this many seeds show with 80 % power at the 5 % level, where no
+            other is tested; None with fewer than three seeds.
         seeds: how many differences.
         rows: how many test rows the interval takes for a draw, too; 0 where it takes them as they are.
     """
@@ -136,8 +136,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(difference: Difference, corrected_p: float, margin: float = 0.0) -> str:
     """Says "equal within x", "better", "worse", or "not told apart".
 
-    Equal is what differs, with 95 % confidence, by no more than x, and x is within `margin`: whatever its p, because
-    enough seeds show any difference. A difference that no p shows is not equality; it may be as large as its interval.
+    Equal is what differs, with 95 % confidence, by no more than x, and x is within `margin`: two one-sided tests
+    (Schuirmann 1987) at 2.5 % each, of this difference alone. Whatever its p, because enough seeds show any difference.
+    A difference that no p shows is not equality; it may be as large as its interval.
     """
     if difference.interval is None:
         return f"{NO_VERDICT}{difference.seeds} seeds, at least {MIN_SEEDS} are needed"

@@ -11,11 +11,14 @@ from typing import Any
 
 from gelora_plugins import json_files
 from gelora_plugins.errors import PlanError
-from gelora_plugins.findings.arms import GRID
+from gelora_plugins.findings import headroom
 from gelora_plugins.findings.contrasts import Contrast, contrasts_of
+from gelora_plugins.findings.headroom import Headroom, read_headroom
+from gelora_plugins.findings.page import page
 from gelora_plugins.findings.pictures import draw_pareto, draw_patterns, draw_rates
-from gelora_plugins.findings.results import Around, Gap, Result, read_task
+from gelora_plugins.findings.results import Gap, Result, read_task
 from gelora_plugins.findings.stats import NOT_TOLD
+from gelora_plugins.findings.tables import RATES, RESULTS, markdown_table, rate_cells, result_cells, settings_line
 from gelora_plugins.text import markdown
 
 WORDS = ("better", "worse", "equal", NOT_TOLD)  # what a verdict begins with
@@ -35,33 +38,21 @@ CAVEAT_ROWS_DRAWN = (
     "Intervals take in the luck of the seeds, with the training rows that each drew, and of the test rows; not that of "
     "the rows on which ranks were measured, nor of another task."
 )
-_COLUMNS = (
-    "method",
-    "parameters",
-    "score",
-    "of the chosen uniform rank's score",
-    "of its parameters",
-    "against uniform",
-    "against permuted",
-    "rate",
-    "seconds",
-    "peak MB",
-)
-_SEARCH = (
+SEARCH = (
     "Each method's rate was chosen by the same search, by the loss on held-out training rows. Beside it: the scores of "
     "the seeds that judge at its neighbours, less those at the rate itself (positive is better).\n"
 )
-_RATES = ("method", "rate", "the next lower", "the next higher", "learns up to", "seeds diverge at", "runs that chose")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All tasks of one folder: results, contrasts, what has no result and why, notes."""
+    """All tasks of one folder: results, contrasts, what has no result and why, what moving ranks could win, notes."""
 
     experiments: tuple[Mapping[str, Any], ...]
     results: tuple[Result, ...]
     contrasts: tuple[Contrast, ...]
     gaps: tuple[Gap, ...] = ()
+    headrooms: tuple[Headroom, ...] = ()
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Comparison:
@@ -76,9 +67,11 @@ class Comparison:
         experiments: list[Mapping[str, Any]] = []
         results: list[Result] = []
         gaps: list[Gap] = []
+        headrooms: list[Headroom] = []
         for path in paths:
             try:
                 experiment, found, without = read_task(path)
+                drawn, unfinished = read_headroom(path, experiment)
             except PlanError as error:
                 gaps.append(Gap(path.parent.name, str(error), unfinished=False))
                 continue
@@ -88,12 +81,14 @@ class Comparison:
                 continue
             experiments.append(experiment)
             results += found
-            gaps += without
+            headrooms += drawn
+            gaps += [*without, *unfinished]
         if not experiments:
             reason = gaps[0].reason if gaps else "expected TASK/experiment.json in it."
             raise PlanError(f"{os.fspath(folder)} holds no comparison; {reason}")
         margins = {e["task"]["name"]: float(e["settings"]["margin"]) for e in experiments}
-        return cls(tuple(experiments), tuple(results), tuple(contrasts_of(results, margins)), tuple(gaps))
+        contrasts = tuple(contrasts_of(results, margins))
+        return cls(tuple(experiments), tuple(results), contrasts, tuple(gaps), tuple(headrooms))
 
     def contrast(self, task: str, row: str, ours: str, theirs: str) -> Contrast:
         """The contrast of two methods. Raises KeyError when there is none."""
@@ -104,7 +99,7 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """What is missing, verdicts and notes, one sentence each; before those of several tasks what they come to."""
-        lines = [*map(str, self.gaps), *self._counts(), *map(str, self.contrasts)]
+        lines = [*map(str, self.gaps), *self._counts(), *map(str, (*self.headrooms, *self.contrasts))]
         for experiment in self.experiments:
             notes = [*_head(experiment), *experiment["notes"]]
             lines += [f"{experiment['task']['name']}: {note}" for note in notes]
@@ -144,6 +139,7 @@ class Comparison:
             ],
             "results": [_without_parts(asdict(result)) for result in self.results],
             "contrasts": [_without_no_rows(asdict(contrast)) for contrast in self.contrasts],
+            "headroom": [{**asdict(h), "layout": h.layout and asdict(h.layout)} for h in self.headrooms],
             "lines": self.lines(),
         }
 
@@ -151,77 +147,49 @@ class Comparison:
         """One table per task, and the lines."""
         parts = ["# Comparison at equal LoRA parameters\n"]
         for experiment in self.experiments:
-            task, settings, rows = experiment["task"], experiment["settings"], _train_rows(experiment)
+            task = experiment["task"]
             tables = self.rates_table(task["name"])
-            rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
-            parts.append(
-                f"## {markdown(task['name'])}: {task['metric']}\n\n{markdown(experiment['model'])}, {rows} training "
-                f"rows, {task['test_rows']:,} test rows, {settings['seeds']} seeds, {settings['epochs']} epochs, "
-                f"{'rates searched for from' if tables else 'rates'} {rates}.\n"
-            )
+            line = markdown(settings_line(experiment, searched=bool(tables)))
+            parts.append(f"## {markdown(task['name'])}: {task['metric']}\n\n{line}\n")
             parts.append(self.table(task["name"]))
             parts += tables
+            for h in (h for h in self.headrooms if h.task == task["name"]):
+                table = markdown_table(headroom.COLUMNS, h.cells())
+                parts.append(f"Random allocations at the cost of {markdown(h.row)}, {h.parameters:,}:\n\n{table}")
         return "\n".join([*parts, *(f"- {markdown(line)}" for line in self.lines())]) + "\n"
 
     def table(self, task: str) -> str:
         """The results of a task as a Markdown table; methods at equal parameters stand together."""
-        rows = [_COLUMNS, tuple("---" for _ in _COLUMNS)]
-        said = {(c.row, c.ours, c.theirs): c.verdict for c in self.contrasts if c.task == task}
-        for result in (result for result in self.results if result.task == task):
-            single = result.method == result.row or result.row.startswith(GRID)
-            rows.append(
-                (
-                    markdown(result.row if single else f"{result.row}: {result.method}"),
-                    f"{result.parameters:,.0f}",
-                    f"{result.mean:.4g}" + (f" ± {result.half_width:.2g}" if result.half_width is not None else ""),
-                    "" if result.share_of_best is None else f"{result.share_of_best:.1%}",
-                    "" if result.share_of_parameters is None else f"{result.share_of_parameters:.0%}",
-                    said.get((result.row, result.method, "uniform"), ""),
-                    said.get((result.row, result.method, "permuted"), ""),
-                    f"{result.rate:g}",
-                    f"{result.seconds:.0f}",
-                    "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}",
-                )
-            )
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+        return markdown_table(RESULTS, result_cells(self.of(task), self.contrasts))
 
     def rates_table(self, task: str) -> list[str]:
         """What the searches for the rates of a task came to, as Markdown; nothing where none was made."""
-        results = [result for result in self.results if result.task == task and result.search]
-        rows = [_RATES, tuple("---" for _ in _RATES)]
-        for result in results:
-            above = result.rate if not result.diverged else result.search[-1].rate
-            sides = (
-                [a for a in result.around if a.rate < result.rate][-1:],
-                [a for a in result.around if a.rate > above][:1],
-            )
-            rows.append(
-                (
-                    markdown(f"{result.row}: {result.method}"),
-                    f"{result.rate:g}",
-                    *(_beside(side[0], result) if side else "" for side in sides),
-                    "" if result.stable is None else f"{result.stable:g}",
-                    "" if result.cliff is None else f"{result.cliff:g}",
-                    str(result.choosing_runs),
-                )
-            )
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
-        return [_SEARCH, table] if results else []
+        rows = list(rate_cells(self.of(task)))
+        return [SEARCH, markdown_table(RATES, rows)] if rows else []
+
+    def of(self, task: str) -> list[Result]:
+        """The results of a task."""
+        return [result for result in self.results if result.task == task]
+
+    def to_html(self) -> str:
+        """All of it as one page that needs no network and no other file; without its script no table can be sorted."""
+        return page(self)
 
     def write(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write comparison.json, comparison.md and, where matplotlib is installed, the pictures."""
+        """Write comparison.json, .md and .html and, where matplotlib is installed, the pictures."""
         directory = Path(folder)
-        paths = [directory / "comparison.json", directory / "comparison.md"]
+        paths = [directory / f"comparison.{kind}" for kind in ("json", "md", "html")]
         json_files.write_json(paths[0], self.to_dict())
         json_files.write_text(paths[1], self.to_markdown())
+        json_files.write_text(paths[2], self.to_html())
         if importlib.util.find_spec("matplotlib") is not None:
             paths += [directory / "pareto.png", directory / "patterns.png"]
             tasks = [experiment["task"] for experiment in self.experiments]
-            draw_pareto(tasks, self.results, paths[2])
-            draw_patterns(self.results, paths[3])
+            draw_pareto(tasks, self.results, paths[3])
+            draw_patterns(self.results, paths[4])
             if any(result.search for result in self.results):
                 paths.append(directory / "rates.png")
-                draw_rates(tasks, self.results, paths[4])
+                draw_rates(tasks, self.results, paths[5])
         return paths
 
 
@@ -252,17 +220,3 @@ def _head(experiment: Mapping[str, Any]) -> Iterator[str]:
         )
     elif experiment["settings"].get("head_rate"):
         yield f"The head's rate is {experiment['settings']['head_rate']:g} for all methods."
-
-
-def _beside(around: Around, result: Result) -> str:
-    """ "0.003: -1.2 ± 0.5", or how many seeds diverged there."""
-    difference = around.difference(result)
-    if difference is None:
-        return f"{around.rate:g}: {around.diverged} diverged"
-    half = "" if difference.interval is None else f" ± {(difference.interval[1] - difference.interval[0]) / 2:.2g}"
-    return f"{around.rate:g}: {difference.mean:+.2g}{half}"
-
-
-def _train_rows(experiment: Mapping[str, Any]) -> str:
-    drawn, rows = experiment["settings"].get("rows_per_seed"), experiment["task"]["train_rows"]
-    return f"{rows:,}" if drawn is None else f"for each seed {drawn:,} of {rows:,}"

@@ -13,7 +13,7 @@ from gelora_plugins.report.versions import versions
 from gelora_plugins.text import printable
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment, Template
 
     from gelora_plugins.dimension.profile import DimensionProfile
     from gelora_plugins.ranks.plan import RankPlan
@@ -27,7 +27,7 @@ def page(report: RankReport, now: datetime | None = None) -> str:
         now: when it is written, with a time zone; the moment of the call if not given. A plan records no date.
     """
     plan, profile = report.plan, report.plan.profile
-    return _template().render(
+    return template("report").render(
         model=profile.model_name or profile.layout.model_type,
         verdict=verdict(plan),
         facts=_facts(plan, (now or datetime.now(UTC)).astimezone(UTC)),
@@ -43,14 +43,25 @@ def page(report: RankReport, now: datetime | None = None) -> str:
     )
 
 
+def template(name: str) -> Template:
+    """The page of this name among the templates, which shows what others named as it is: in one line, escaped."""
+    return _environment().get_template(f"{name}.html.j2")
+
+
+def included(name: str) -> str:
+    """What a page has of the template of this name that it includes, which takes no values."""
+    return _environment().get_template(f"{name}.j2").render()
+
+
 @lru_cache(maxsize=1)
-def _template() -> Template:
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     def shown(value: Any) -> Any:
-        return printable(value) if isinstance(value, str) else value
+        # What a macro made is HTML, whose values have been here.
+        return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("gelora_plugins.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -58,7 +69,6 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
 
 
 def _facts(plan: RankPlan, now: datetime) -> dict[str, str]:

@@ -212,6 +212,19 @@ def two_way() -> str:
     return "\n".join(lines)
 
 
+def headroom_rates() -> str:
+    """How often the intervals of random allocations hold, and what they let be said."""
+    found = json.loads((RESULTS / "headroom.json").read_text(encoding="utf-8"))
+    lines = [
+        "| effects of the allocations | allocations, seeds | of the sd | of the mean | of the best | won | nothing |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for row in sorted(found["rows"], key=lambda row: [r["case"] for r in found["rows"]].index(row["case"])):
+        cells = (f"{row[name]:.1%}" for name in ("sd", "mean", "gain", "won", "nothing"))
+        lines.append(f"| {row['case']} | {row['allocations']}, {row['seeds']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{found['rounds']:,} tasks of each."])
+
+
 def null() -> str:
     """How often a method is told apart from itself."""
     found = json.loads((RESULTS / "compare_null.json").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from tests.readme.comparison import (
     drawn_scores,
     drawn_verdicts,
     exact_match,
+    headroom_rates,
     null,
     one_rate,
     readings,
@@ -264,6 +265,7 @@ PARTS: dict[str, Callable[[], str]] = {
         sweep,
         null,
         two_way,
+        headroom_rates,
     )
 }
 PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)

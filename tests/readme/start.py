@@ -33,7 +33,7 @@ def first_screen() -> str:
             f"data, took {eva['median_ratio_of_seconds']:.0f} times as long on the same rows.",
             f"- **It does not bring a better score at equal parameters.** In {better or 'none'} of {len(tried)} "
             f"comparisons on {len(tasks)} tasks were the chosen\n  ranks better than the same ranks in random order, "
-            "corrected for the number of tasks. [All numbers](docs/evidence.md).",
+            "corrected for the number of differences. [All numbers](docs/evidence.md).",
             "- **The learning rate matters more.** Where it is chosen with care, and the head has its own, uniform "
             f"rank 8 scores\n  {_tuning():.1f} points more on one task (5 seeds, in float32; before in bfloat16). "
             "[How](docs/evidence.md#the-rate-and-the-heads).",

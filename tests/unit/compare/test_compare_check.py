@@ -81,8 +81,8 @@ def test_a_rate_beside_the_chosen_one_is_compared_with_the_recorded_one(recorded
 
 
 def test_a_difference_that_is_told_the_other_way_round_is_named(recorded: Comparison) -> None:
-    was = next(c for c in recorded.contrasts if c.verdict == "better")
-    turned = replace(was, verdict="worse")
+    was = replace(recorded.contrasts[0], verdict="better")
+    turned, recorded = replace(was, verdict="worse"), replace(recorded, contrasts=(was,))
     _, (wrong,) = check(replace(recorded, contrasts=(turned,)), recorded)
     assert f"{was.task}, {was.row}: {was.ours} is worse than {was.theirs}" in wrong
     assert "recorded: " in wrong

@@ -9,6 +9,7 @@ import pytest
 
 from gelora_plugins.compare.bench import Settings
 from gelora_plugins.findings.record import Run
+from gelora_plugins.findings.stats import holm
 from gelora_plugins.findings.summary import CAVEAT, CAVEAT_DRAWN, Comparison
 from tests.support.comparing import SETTINGS, compare_tiny, said, save_model, tiny_task, valley
 
@@ -48,6 +49,7 @@ def test_the_report_is_written_and_read_again(made: Any, tmp_path: Path) -> None
     assert [path.name for path in paths] == [
         "comparison.json",
         "comparison.md",
+        "comparison.html",
         "pareto.png",
         "patterns.png",
         "rates.png",
@@ -71,6 +73,18 @@ def test_what_is_told_apart_and_what_is_not(made: Any) -> None:
         line.startswith("tiny, mine: mine is not told apart from permuted (difference +2.1, 95") for line in lines
     )
     assert not any("equal" in line for line in lines)
+
+
+def test_p_is_corrected_for_all_differences_of_all_tasks(made: Any) -> None:
+    made(name="first")
+    found = made(name="second").contrasts
+    assert {(c.task, c.ours, c.theirs) for c in found} == {
+        (task, *pair)
+        for task in ("first", "second")
+        for pair in (("mine", "uniform"), ("mine", "permuted"), ("permuted", "uniform"))
+    }
+    assert [c.corrected_p for c in found] == holm([c.difference.p for c in found])
+    assert min(c.corrected_p for c in found) == 6 * min(c.difference.p for c in found)
 
 
 def test_equal_is_what_differs_by_less_than_the_margin(made: Any) -> None:

@@ -76,6 +76,20 @@ def test_a_difference_within_the_margin_is_equal_however_sure_it_is() -> None:
     assert verdict(found, 0.001, margin=0.8) == "better"
 
 
+def test_equal_is_what_two_one_sided_tests_say() -> None:
+    """Schuirmann 1987, at 2.5 %: the difference is above minus the margin, and below the margin."""
+    rng, said = np.random.default_rng(0), set()
+    for _ in range(100):
+        differences = rng.normal(0.5, 0.5, 6)
+        found = paired_difference(differences, np.zeros(6))
+        above = stats.ttest_1samp(differences, -1.0, alternative="greater").pvalue
+        below = stats.ttest_1samp(differences, 1.0, alternative="less").pvalue
+        equal = verdict(found, found.p, margin=1.0).startswith("equal within")
+        assert equal == (max(above, below) <= 0.025)
+        said.add(equal)
+    assert said == {True, False}
+
+
 def test_two_seeds_give_no_verdict() -> None:
     found = paired_difference([1.0, 2.0], [0.0, 0.0])
     assert verdict(found, found.p) == "no verdict: 2 seeds, at least 3 are needed"

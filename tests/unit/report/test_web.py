@@ -246,7 +246,9 @@ def test_the_built_package_has_the_template(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     (wheel,) = source.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"gelora_plugins/{name}" for name in ("py.typed", "report/templates/report.html.j2")} <= set(names)
+    templates = {f"report/templates/{path.name}" for path in (ROOT / "gelora_plugins/report/templates").iterdir()}
+    assert "report/templates/report.html.j2" in templates
+    assert {f"gelora_plugins/{name}" for name in ("py.typed", *templates)} <= set(names)
 
 
 def copy(source: Path, target: Path) -> None:
