@@ -145,6 +145,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--allocations", help="which allocations of ranks, with commas")
     parser.add_argument("--methods", help="how they are trained, with commas")
     parser.add_argument("--grid", help="uniform ranks, with commas")
+    parser.add_argument("--headroom", type=int, default=0, help="random allocations at the cost of each plan")
     parser.add_argument("--output", type=Path)
     return parser
 
@@ -159,7 +160,7 @@ def chosen(options: argparse.Namespace, settings: Settings) -> Settings:
         settings = replace(settings, rates=tuple(map(float, options.rates.split(","))))
     if options.grid:
         settings = replace(settings, grid=tuple(map(int, options.grid.split(","))))
-    return settings
+    return replace(settings, headroom=options.headroom)
 
 
 def main() -> None:

@@ -35,7 +35,8 @@ class Layout:
         sd, sd_interval: standard deviation of the effects of the allocations, and its 95 % interval.
         mean, mean_interval: of all allocations that could be drawn, less uniform.
         gain, gain_interval: what the best of as many random allocations is expected to have over uniform where effects
-            are normal. Where they are not, because a few allocations fall off, the interval still holds it.
+            are normal. Where they are not, because a few allocations fall off, the interval still holds what the best
+            is expected to have.
         kept: the share of an allocation's distance from their mean that is not luck of the seeds, 0 to 1.
         allocations, seeds: how many.
     """
@@ -85,9 +86,9 @@ def two_way_layout(scores: Sequence[Sequence[float]], uniform: Sequence[float]) 
         0.0 if abs(over) <= small else over
         for over in (float(table.mean() - beside.mean()), float(means.max() - beside.mean()))
     )
-    parts = {between: of_arms / (count * seeds), within: of_rest / seeds}
-    squared = sum(parts.values())
-    freedom = squared**2 / sum(part**2 / n for n, part in parts.items()) if squared else 1.0
+    parts = ((of_arms / (count * seeds), between), (of_rest / seeds, within))
+    squared = sum(part for part, _ in parts)  # Satterthwaite 1946
+    freedom = squared**2 / sum(part**2 / n for part, n in parts) if squared else 1.0
     half = float(stats.t.ppf(1 - tail, freedom)) * math.sqrt(squared)
     times = expected_largest(count)
     gain = mean + times * sd

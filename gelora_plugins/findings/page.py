@@ -12,7 +12,6 @@ from gelora_plugins.report.versions import versions
 from gelora_plugins.report.web import included, template
 
 if TYPE_CHECKING:
-    from gelora_plugins.findings.contrasts import Contrast
     from gelora_plugins.findings.summary import Comparison
 
 NAMED = 2  # differences in the headline
@@ -26,7 +25,7 @@ def page(comparison: Comparison, now: datetime | None = None) -> str:
     """
     script = hashlib.sha256(included("sort.js").encode()).digest()
     return template("comparison").render(
-        headline=headline(comparison.contrasts),
+        headline=headline(comparison),
         facts=_facts(comparison, (now or datetime.now(UTC)).astimezone(UTC)),
         tasks=[_task(comparison, experiment) for experiment in comparison.experiments],
         columns={
@@ -43,9 +42,12 @@ def page(comparison: Comparison, now: datetime | None = None) -> str:
     )
 
 
-def headline(contrasts: tuple[Contrast, ...]) -> str:
-    """How many differences are told apart, and which, in one sentence."""
+def headline(comparison: Comparison) -> str:
+    """How many differences are told apart, and which; without any, what moving ranks could win on the first task."""
+    contrasts = comparison.contrasts
     if not contrasts:
+        for found in comparison.headrooms:
+            return f"{found.task}: at {found.parameters:,} LoRA parameters {found.verdict}."
         return "Nothing was compared at equal parameters."
     told = [c for c in contrasts if c.verdict in ("better", "worse")]
     equal = sum(c.verdict.startswith("equal") for c in contrasts)

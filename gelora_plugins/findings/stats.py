@@ -90,15 +90,13 @@ def two_way(differences: np.ndarray) -> tuple[float, float]:
     seeds, rows = differences.shape
     by_seed, by_row, mean = differences.mean(1), differences.mean(0), differences.mean()
     rest = differences - by_seed[:, None] - by_row[None, :] + mean
-    squares = {
-        seeds - 1: rows * by_seed.var(ddof=1),
-        rows - 1: seeds * by_row.var(ddof=1),
-        (seeds - 1) * (rows - 1): (rest**2).sum() / ((seeds - 1) * (rows - 1)),
-    }
-    of_seeds, of_rows, of_rest = squares.values()
+    freedoms = (seeds - 1, rows - 1, (seeds - 1) * (rows - 1))
+    squares = (rows * by_seed.var(ddof=1), seeds * by_row.var(ddof=1), (rest**2).sum() / freedoms[2])
+    of_seeds, of_rows, of_rest = squares
     both = of_seeds + of_rows - of_rest
     if both >= max(of_seeds, of_rows):
-        return math.sqrt(both / (seeds * rows)), both**2 / sum(square**2 / count for count, square in squares.items())
+        freedom = both**2 / sum(square**2 / count for square, count in zip(squares, freedoms, strict=True))
+        return math.sqrt(both / (seeds * rows)), freedom
     alone = (of_seeds, seeds - 1) if of_seeds > of_rows else (of_rows, rows - 1)
     return math.sqrt(alone[0] / (seeds * rows)), alone[1]
 

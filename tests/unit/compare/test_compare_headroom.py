@@ -1,7 +1,7 @@
-"""What could be won by moving ranks: which allocations are drawn, what their scores come to, what is said of it."""
+"""What could be won by moving ranks: what the scores of random allocations come to, and what is said of it."""
 
-import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,87 +11,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gelora_plugins.compare.allocations import headroom_group, plan_group, random_allocations
+from gelora_plugins import cli
 from gelora_plugins.compare.bench import Settings
-from gelora_plugins.errors import ConfigError, PlanError
+from gelora_plugins.errors import PlanError
 from gelora_plugins.findings.headroom import Allocation, Headroom, expected_largest, two_way_layout
 from gelora_plugins.findings.record import Run
 from gelora_plugins.findings.summary import Comparison
-from gelora_plugins.ranks.plan import Site
-from tests.support.comparing import SETTINGS, compare_tiny, result, save_model, valley
-from tests.support.plans import make_plan
+from tests.support.comparing import SETTINGS, compare_tiny, result, rows, said, save_model, valley
 
-ALIKE = tuple(Site(f"layers.{i}", 56) for i in range(3))
-UNLIKE = (Site("a", 8, 4), Site("b", 12, 3), Site("c", 8, 2), Site("d", 20, 9))
 BUDGET = replace(SETTINGS, allocations=("uniform",), methods=("lora",), headroom=8, seeds=3)
-
-
-def all_of(total: int, sites: tuple[Site, ...], most: int) -> set[tuple[int, ...]]:
-    """By trying everything."""
-    ranges = (range(1, min(site.most(1), most) + 1) for site in sites)
-    costs = [site.parameters_per_rank for site in sites]
-    return {r for r in itertools.product(*ranges) if sum(a * b for a, b in zip(r, costs, strict=True)) == total}
-
-
-# Which are drawn
-
-
-@pytest.mark.parametrize(("ranks", "sites"), [((2, 2, 2), ALIKE), ((3, 3, 2, 2), UNLIKE), ((1, 1, 1), ALIKE)])
-def test_every_allocation_at_that_cost_can_be_drawn_and_no_other(
-    ranks: tuple[int, ...], sites: tuple[Site, ...]
-) -> None:
-    total = sum(rank * site.parameters_per_rank for rank, site in zip(ranks, sites, strict=True))
-    drawn = random_allocations(ranks, sites, 1000, base_rank=1)
-    assert len(drawn) == len(set(drawn))
-    assert set(drawn) == all_of(total, sites, 10)
-
-
-def test_allocations_are_drawn_alike_often() -> None:
-    """Ten exist. Of 2,000 single draws each comes to 200, with a standard deviation of 13.4: within 5 of those."""
-    counts: dict[tuple[int, ...], int] = {}
-    for seed in range(2000):
-        (drawn,) = random_allocations((2, 2, 2), ALIKE, 1, base_rank=1, seed=seed)
-        counts[drawn] = counts.get(drawn, 0) + 1
-    assert len(counts) == 10
-    assert max(abs(count - 200) for count in counts.values()) < 5 * 13.4
-
-
-def test_a_draw_is_that_of_its_seed_and_many_ranks_are_no_trouble() -> None:
-    sites = tuple(Site(f"layers.{i}", 56, 512) for i in range(48))
-    drawn = random_allocations((64,) * 48, sites, 20, base_rank=64)
-    assert drawn == random_allocations((64,) * 48, sites, 20, base_rank=64)
-    assert len(set(drawn)) == 20
-    assert {sum(ranks) for ranks in drawn} == {64 * 48}
-    assert drawn != random_allocations((64,) * 48, sites, 20, base_rank=64, seed=1)
-
-
-def test_where_few_allocations_exist_that_is_a_note() -> None:
-    group, notes = headroom_group("mine", 56 * 4, 5, ALIKE, base_rank=2)
-    assert group is not None
-    assert [arm.name for arm in group.arms] == ["uniform", "random 1", "random 2", "random 3"]
-    assert group.name == "headroom of mine"
-    assert notes == ("headroom of mine: 3 allocations exist, not 5.",)
-    assert headroom_group("mine", 56 * 3, 5, ALIKE, base_rank=2) == (
-        None,
-        ("headroom of mine: 1 allocations exist, not 5.",),
-    )
-
-
-def test_a_plan_cannot_have_the_name_of_a_group_of_random_allocations() -> None:
-    with pytest.raises(ConfigError, match="A plan is called 'headroom of mine'"):
-        plan_group("headroom of mine", make_plan(), ("plan",), ["lora"], 3)
-
-
-@pytest.mark.parametrize("options", [{"headroom": 2}, {"headroom": 3, "seeds": 1}, {"headroom": -1}])
-def test_too_few_to_have_a_spread_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="at least 3 random allocations and 2 seeds"):
-        Settings(**options)
-
-
-@pytest.mark.parametrize("options", [{"allocations": ("grid",)}, {"methods": ("eva",)}])
-def test_without_uniform_ranks_there_is_no_rate_to_take(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="headroom needs uniform among the allocations and lora"):
-        Settings(headroom=5, **options)
 
 
 # What scores come to
@@ -126,6 +54,20 @@ def test_the_interval_of_the_spread_leaves_zero_where_the_f_test_does() -> None:
         assert found.kept == pytest.approx(max(0.0, 1 - 1 / ratio))
         told.add(bool(p < 0.025))
     assert told == {True, False}
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(4, 2), (3, 5)])
+def test_the_error_of_the_mean_is_that_of_both_layouts(count: int, seeds: int) -> None:
+    """Allocations are a draw, so their mean squares count. With two seeds both have as many degrees of freedom."""
+    scores, uniform = layout(np.random.default_rng(0), 1.0, count, seeds)
+    found = two_way_layout(scores.tolist(), uniform.tolist())
+    rest = scores - scores.mean(1)[:, None] - scores.mean(0) + scores.mean()
+    within = (count - 1) * (seeds - 1)
+    of_arms, of_rest = scores.mean(1).var(ddof=1) / count, (rest**2).sum() / within / seeds
+    freedom = (of_arms + of_rest) ** 2 / (of_arms**2 / (count - 1) + of_rest**2 / within)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(of_arms + of_rest)
+    mean = scores.mean() - uniform.mean()
+    assert found.mean_interval == pytest.approx((mean - half, mean + half))
 
 
 def test_intervals_hold_what_is_true_as_often_as_they_say() -> None:
@@ -335,3 +277,18 @@ def test_a_damaged_record_is_named(made: Make, tmp_path: Path) -> None:
     path.write_text(json.dumps(experiment), encoding="utf-8")
     with pytest.raises(PlanError, match="is no record of a comparison: IndexError"):
         Comparison.read(tmp_path)
+
+
+def test_the_command_has_the_option(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gelora_plugins.compare.run.attempt", said(planted))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(60, 0)), encoding="utf-8")
+    options = "--task classification --allocations uniform --methods lora --rates 1e-3 --rank 4 --seeds 2 --headroom 3"
+    command = ["gelora", "compare", model, str(data), *options.split(), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*command, "--target-modules", SETTINGS.target_modules])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "rows, headroom of r = 4: at 1,536 LoRA parameters at most" in capsys.readouterr().out

@@ -139,6 +139,18 @@ def test_the_error_of_a_mean_over_seeds_and_rows_is_that_of_the_layout() -> None
     assert freedom == 5
 
 
+def test_there_may_be_as_many_seeds_as_rows() -> None:
+    """Seeds and rows then have the same degrees of freedom."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(4, 1)) + rng.normal(size=4) + 0.1 * rng.normal(size=(4, 4))
+    rest = table - table.mean(1)[:, None] - table.mean(0) + table.mean()
+    squares = 4 * table.mean(1).var(ddof=1), 4 * table.mean(0).var(ddof=1), (rest**2).sum() / 9
+    both = squares[0] + squares[1] - squares[2]
+    error, freedom = two_way(table)
+    assert error == pytest.approx(np.sqrt(both / 16))
+    assert freedom == pytest.approx(both**2 / (squares[0] ** 2 / 3 + squares[1] ** 2 / 3 + squares[2] ** 2 / 9))
+
+
 def test_intervals_hold_the_true_difference_where_test_rows_are_a_draw() -> None:
     """Here the luck of the rows is twice that of the seeds; by seeds alone the interval holds it in about half."""
     rng = np.random.default_rng(1)

@@ -214,16 +214,20 @@ def test_ranks_are_drawn_once_and_as_dark_as_they_are_large() -> None:
 
 
 def test_the_headline_is_the_finding() -> None:
-    told, not_told = named("a").contrasts[0], replace(named("a").contrasts[0], verdict="not told apart")
-    same = replace(told, verdict="equal within 0.1")
-    assert page.headline((told,)) == (
+    both = named("a")
+    (told,) = both.contrasts
+    not_told, same = replace(told, verdict="not told apart"), replace(told, verdict="equal within 0.1")
+
+    def headline(*contrasts: Contrast) -> str:
+        return page.headline(replace(both, contrasts=contrasts))
+
+    assert headline(told) == (
         "1 of 1 difference at equal parameters is told apart from 0: a is better than uniform on a."
     )
-    assert page.headline((not_told, same)) == (
-        "None of 2 differences at equal parameters is told apart from 0; 1 is equal."
-    )
-    assert page.headline((told,) * 3).endswith("a is better than uniform on a; a is better than uniform on a ...")
-    assert page.headline(()) == "Nothing was compared at equal parameters."
+    assert headline(not_told, same) == "None of 2 differences at equal parameters is told apart from 0; 1 is equal."
+    assert headline(told, told, told).endswith("a is better than uniform on a; a is better than uniform on a ...")
+    assert headline() == f"a: at 100 LoRA parameters {both.headrooms[0].verdict}."
+    assert page.headline(empty()) == "Nothing was compared at equal parameters."
 
 
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
@@ -271,7 +275,7 @@ def test_the_report_of_a_folder_of_a_comparison_is_its_page(
     assert RECORDED[1].table("docstrings") in shown
     assert f"-> {folder / 'comparison.html'}" in shown
     html = (folder / "comparison.html").read_text(encoding="utf-8")
-    assert Page(html).texts("h1") == [page.headline(RECORDED[1].contrasts)]
+    assert Page(html).texts("h1") == [page.headline(RECORDED[1])]
     run(monkeypatch, "report", folder, "--json", "-o", tmp_path / "elsewhere")
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads(json.dumps(RECORDED[1].to_dict()))
