@@ -25,7 +25,7 @@ from gelora_plugins.findings.arms import TOLERANCE, Arm, Group, Recipe
 from gelora_plugins.findings.record import Record, Run, digest, locked, made_of
 from gelora_plugins.findings.summary import Comparison
 from gelora_plugins.pipeline import measure
-from gelora_plugins.progress import progress_bar
+from gelora_plugins.probe.progress import progress_bar
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.planning import make_plan
 from gelora_plugins.side_by_side import side_by_side
