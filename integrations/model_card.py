@@ -25,23 +25,26 @@ BEGIN, END = "<!-- gelora -->", "<!-- /gelora -->"  # of the section, to find it
 PICTURE, REPORT = PLAN.with_name("ranks.png"), PLAN.with_name("report.html")
 
 
-def complete_card(directory: Path, plan: RankPlan) -> None:
+def complete_card(directory: Path, plan: RankPlan | None) -> None:
     """Tag the model card in `directory` and tell of `plan` in it, in the place of what was told before.
 
-    Nothing where there is no card. A card that cannot be read or written is a warning, and stays as it is.
+    Without a plan, which is where the ranks are no longer those of one, what was told before goes. Nothing where there
+    is no card. A card that cannot be read or written is a warning, and stays as it is.
     """
     path = directory / CARD
     if not path.is_file():
         return
     try:
         card = ModelCard.load(path)
-        tags = card.data.tags or []
-        card.data.tags = [*([tags] if isinstance(tags, str) else tags)]
-        if TAG not in card.data.tags:
-            card.data.tags.append(TAG)
-        before = re.sub(rf"\n*{BEGIN}.*?{END}\n?", "\n", card.text, flags=re.DOTALL).rstrip()
-        card.text = f"{before}\n\n{BEGIN}\n{section(directory, plan)}{END}\n"
-        card.save(path)
+        text = re.sub(rf"\n*{BEGIN}.*?{END}\n?", "\n", card.text, flags=re.DOTALL)
+        if plan is not None:
+            tags = card.data.tags or []
+            tags = [tags] if isinstance(tags, str) else list(tags)
+            card.data.tags = tags if TAG in tags else [*tags, TAG]
+            text = f"{text.rstrip()}\n\n{BEGIN}\n{section(directory, plan)}{END}\n"
+        if text != card.text or plan is not None:
+            card.text = text
+            card.save(path)
     except Exception as error:  # of YAML, of the card's own checks, of the disk
         logger.warning("%s was not completed with the ranks: %s: %s", path, type(error).__name__, error)
 

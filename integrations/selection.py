@@ -98,21 +98,21 @@ class RankSelection:
         Not where the adapter has other ranks by now, as at the end of a method that prunes some: it is not their plan.
         """
         self._trainer_own.save_model(output_dir, *args, **kwargs)
-        directory = Path(output_dir or self.trainer.args.output_dir)
-        if self.plan is None or not self.trainer.args.should_save or not self._has_its_ranks():
+        if self.plan is None or not self.trainer.args.should_save:
             return
-        if not is_at(directory / PLAN, self.plan):
+        directory, kept = Path(output_dir or self.trainer.args.output_dir), self._has_its_ranks()
+        if kept and not is_at(directory / PLAN, self.plan):
             try:
                 self.plan.save(directory / PLAN)
             except WriteError as error:
                 logger.warning("The plan was not saved beside the adapter, which was: %s", error)
-        complete_card(directory, self.plan)
+        complete_card(directory, self.plan if kept else None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, which writes the card anew, before an upload too, with the ranks in it."""
         self._trainer_own.create_model_card(*args, **kwargs)
-        if self.plan is not None and self.trainer.is_world_process_zero() and self._has_its_ranks():
-            complete_card(Path(self.trainer.args.output_dir), self.plan)
+        if self.plan is not None and self.trainer.is_world_process_zero():
+            complete_card(Path(self.trainer.args.output_dir), self.plan if self._has_its_ranks() else None)
 
     def _has_its_ranks(self) -> bool:
         return self.is_settled() and _ranks(extract_model_from_parallel(self.trainer.model)) == self._ranks
