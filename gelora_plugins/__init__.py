@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from gelora_plugins.errors import GeLoRAError
     from gelora_plugins.hookspecs import hookimpl
     from gelora_plugins.integrations.axolotl import GeLoRAPlugin
+    from gelora_plugins.integrations.own_loop import select_ranks
     from gelora_plugins.integrations.transformers import GeLoRACallback, prepare_trainer
     from gelora_plugins.integrations.trl import GeLoRASFTTrainer
     from gelora_plugins.layout import Block, Linear, ModelLayout
-    from gelora_plugins.pipeline import measure, select_ranks
+    from gelora_plugins.pipeline import measure
     from gelora_plugins.ranks.adapter import AppliedPlan, apply_plan
     from gelora_plugins.ranks.plan import RankPlan, Site
     from gelora_plugins.ranks.plan_check import check_plan, with_plan
@@ -40,7 +41,7 @@ _HOME = {
     "hookimpl": "hookspecs",
     "measure": "pipeline",
     "prepare_trainer": "integrations.transformers",
-    "select_ranks": "pipeline",
+    "select_ranks": "integrations.own_loop",
     "with_plan": "ranks.plan_check",
 }
 _NEEDS = {"GeLoRAPlugin": "axolotl", "GeLoRASFTTrainer": "trl"}  # frameworks that the package does without

@@ -51,27 +51,7 @@ def select_ranks(
     processes: Processes = ALONE,
     autocast: Autocast = nullcontext,
 ) -> RankPlan:
-    """Measure `dataset` in `model` and choose a LoRA rank for every block. The model is left as it was.
-
-    Args:
-        model: a model without an adapter, or a PEFT model whose LoRA adapter has not been trained.
-        dataset: the training rows, with `input_ids`; others need a `collator`. A bare iterator is used up as far as it
-            is read, and a data set that would lose its rows so is refused.
-        config: the options.
-        lora_config: for a model without an adapter, the configuration it will get; the default adapts every
-            linear map of the blocks with PEFT's default `r` and `lora_alpha`.
-        progress: whether to show on standard error how far it is: a bar, or lines where that is no terminal.
-        processes: `Processes.all()` where every process of a run makes this call: they share the work, the first
-            one's rows are read, and all get its plan.
-        autocast: what the forward passes run under: the mixed precision of the training, where it has one.
-
-    Returns:
-        The plan: `apply_plan(model, plan)` for an adapter that exists, `LoraConfig(**plan.lora_config_kwargs())`
-        for one to be made.
-
-    Raises:
-        GeLoRAError: nothing can be measured or chosen; the message says why and what to do.
-    """
+    """`gelora_plugins.select_ranks`, of rows with `input_ids` or a `collator`; all else is as there."""
     config = config or GeLoRAConfig()
     with processes.together():
         adapter = find_adapter(model)

@@ -24,8 +24,8 @@ from gelora_plugins.probe.hidden_states import Pooling, read_documents
 from gelora_plugins.probe.model_inputs import accepted_inputs
 from gelora_plugins.probe.no_trace import leaving_no_trace
 from gelora_plugins.probe.point_store import FeatureStore
+from gelora_plugins.probe.progress import progress_bar
 from gelora_plugins.probe.provenance import origin
-from gelora_plugins.progress import progress_bar
 from gelora_plugins.ranks.plan import Site, layout_sites
 from gelora_plugins.ranks.policies import check_dimensions
 from gelora_plugins.text import printable

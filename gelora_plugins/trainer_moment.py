@@ -1,4 +1,4 @@
-"""The two reaches into a Trainer (transformers 5.23 has no other way): its constructor's frame, and three methods."""
+"""The two reaches into a Trainer (transformers 5.23 has no other way): its constructor's frame, and four methods."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ HOW_TO_ATTACH = "Pass it when the Trainer is made: Trainer(..., callbacks=[GeLoR
 
 
 class Methods(NamedTuple):
-    """Of a Trainer: what runs at the start of training, when a trial's model is made, when the adapter is saved."""
+    """Of a Trainer: what begins training, makes a trial's model, saves the adapter, writes its card."""
 
     train: Callable[..., Any]
     call_model_init: Callable[..., Any]
     save_model: Callable[..., Any]
+    create_model_card: Callable[..., Any]
 
 
 def replace_methods(trainer: Trainer, methods: Methods) -> Methods:
     """Put `methods` in the place of the trainer's own, which are returned.
 
     No callback runs before `train()` has loaded the checkpoint and made the optimizer, none is given a trial's model
-    before it is wrapped, and none can write beside the adapter before the checkpoint is complete.
+    before it is wrapped, none can write beside the adapter before the checkpoint is complete, and none runs between the
+    writing of a model card and its upload.
     """
-    originals = Methods(trainer.train, trainer.call_model_init, trainer.save_model)
-    trainer.train, trainer.call_model_init, trainer.save_model = methods
+    originals = Methods(*(getattr(trainer, name) for name in Methods._fields))
+    for name, method in methods._asdict().items():
+        setattr(trainer, name, method)
     return originals
 
 

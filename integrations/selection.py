@@ -28,6 +28,7 @@ from gelora_plugins.ranks.verdict import sure_plan
 from gelora_plugins.trainer_moment import Methods, checkpoint_path, replace_methods
 
 from .checkpoint import Checkpoint
+from .model_card import complete_card
 from .sharding import is_sharded
 from .telling import PlanLog, is_at, tell
 from .trainer_check import TrainingCheck, check_unstarted
@@ -55,7 +56,8 @@ class RankSelection:
         self._ranks: list[int] = []  # of that adapter
         self._decided = False  # chosen, or the user's own kept
         self._told: object = None  # the plan or checkpoint that was last shown
-        self._trainer_own = replace_methods(trainer, Methods(self.train, self.call_model_init, self.save_model))
+        mine = Methods(self.train, self.call_model_init, self.save_model, self.create_model_card)
+        self._trainer_own = replace_methods(trainer, mine)
         trainer.add_callback(TrainingCheck(self))
         trainer.add_callback(PlanLog(self))
 
@@ -96,14 +98,24 @@ class RankSelection:
         Not where the adapter has other ranks by now, as at the end of a method that prunes some: it is not their plan.
         """
         self._trainer_own.save_model(output_dir, *args, **kwargs)
-        path = Path(output_dir or self.trainer.args.output_dir, PLAN)
-        if self.plan is None or not self.trainer.args.should_save or is_at(path, self.plan):
+        if self.plan is None or not self.trainer.args.should_save:
             return
-        if self.is_settled() and _ranks(extract_model_from_parallel(self.trainer.model)) == self._ranks:
+        directory, kept = Path(output_dir or self.trainer.args.output_dir), self._has_its_ranks()
+        if kept and not is_at(directory / PLAN, self.plan):
             try:
-                self.plan.save(path)
+                self.plan.save(directory / PLAN)
             except WriteError as error:
                 logger.warning("The plan was not saved beside the adapter, which was: %s", error)
+        complete_card(directory, self.plan if kept else None)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer.create_model_card`, which writes the card anew, before an upload too, with the ranks in it."""
+        self._trainer_own.create_model_card(*args, **kwargs)
+        if self.plan is not None and self.trainer.is_world_process_zero():
+            complete_card(Path(self.trainer.args.output_dir), self.plan if self._has_its_ranks() else None)
+
+    def _has_its_ranks(self) -> bool:
+        return self.is_settled() and _ranks(extract_model_from_parallel(self.trainer.model)) == self._ranks
 
     def is_settled(self) -> bool:
         """Whether the model that the trainer has now, with the adapter it has now, is one whose ranks were settled."""

@@ -1,4 +1,4 @@
-"""Rows as TRL's trainers prepare them, for `gelora probe`. The functions that do it are the trainers' own."""
+"""Rows as TRL's trainers prepare them, where there is no trainer yet, with the functions of the trainers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TrlRows:
         columns = set(dataset.column_names)
         if media := sorted(columns & MEDIA):
             raise ProbeError(
-                f"The rows have {', '.join(media)}, and gelora probe reads text only. Use GeLoRACallback in the "
+                f"The rows have {', '.join(media)}, and text only is read here. Use GeLoRACallback in the "
                 "trainer, which measures what its collator makes, or select_ranks(model, rows, collator=...)."
             )
         if "completions" in columns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,17 +111,11 @@ def probe(
 
 
 def _prepared(dataset: Any, model: Any, tokenizer: Any, text_field: str, data: str, max_length: int) -> Any:
-    """The rows with token ids: as TRL would train on them, where they are of a kind that it trains on."""
-    from gelora_plugins.probe.formats import TokenisedRows, are_for_trl
+    from gelora_plugins.integrations.own_loop import prepared_rows
 
-    # TRL trains causal models, and takes no tokenizer without an end of text (trl 1.16).
-    writes = model.can_generate() and not model.config.is_encoder_decoder and tokenizer.eos_token is not None
-    if not are_for_trl(dataset.column_names, text_field if writes else None, find_spec("trl") is not None):
-        return TokenisedRows(dataset, tokenizer, text_field, data)
-    from gelora_plugins.integrations.trl_rows import TrlRows
-
-    rows = TrlRows(dataset, tokenizer, text_field, max_length, data)
-    typer.echo(rows.note)
+    rows = prepared_rows(dataset, model, tokenizer, text_field, max_length, data)
+    if hasattr(rows, "note"):
+        typer.echo(rows.note)
     return rows
 
 

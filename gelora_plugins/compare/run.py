@@ -41,7 +41,7 @@ from gelora_plugins.findings.arms import HEADROOM, TOLERANCE, Arm, Group, Recipe
 from gelora_plugins.findings.record import Record, Run, digest, locked, made_of
 from gelora_plugins.findings.summary import Comparison
 from gelora_plugins.pipeline import measure
-from gelora_plugins.progress import progress_bar
+from gelora_plugins.probe.progress import progress_bar
 from gelora_plugins.ranks.guard import late_note
 from gelora_plugins.ranks.plan import RankPlan
 from gelora_plugins.ranks.planning import make_plan

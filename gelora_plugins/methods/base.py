@@ -122,7 +122,7 @@ class TrainingMethod(TrainerCallback):  # type: ignore[misc]
                     "them."
                 )
         self._trainer = weakref.ref(trainer)
-        own = Methods(trainer.train, trainer.call_model_init, trainer.save_model)
+        own = Methods(trainer.train, trainer.call_model_init, trainer.save_model, trainer.create_model_card)
 
         def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             self._resumed = checkpoint_path(trainer, resume_from_checkpoint)
@@ -136,7 +136,7 @@ class TrainingMethod(TrainerCallback):  # type: ignore[misc]
             if self._running and trainer.args.should_save:
                 self._write(Path(output_dir or trainer.args.output_dir, SIDECAR))
 
-        replace_methods(trainer, Methods(train, own.call_model_init, save_model))
+        replace_methods(trainer, own._replace(train=train, save_model=save_model))
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Find the trainer that is being made: events are not told of a checkpoint, nor of the end of a failure."""

@@ -1,4 +1,4 @@
-"""Rows for the command line: a dataset from a file or the hub, tokenised in the usual ways."""
+"""Rows of text: a dataset from a file or the hub, tokenised in the usual ways."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _no_field(names: Iterable[str], text_field: str) -> str:
     return (
         f"it has the fields {', '.join(names)}; expected input_ids, messages, conversations, prompt, prompt and "
         "completion, chosen and rejected, instruction and output, text_a and text_b, or "
-        f"{text_field!r} (--text-field names another)."
+        f"{text_field!r} (text_field, or --text-field, names another)."
     )
 
 

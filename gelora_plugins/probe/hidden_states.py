@@ -20,7 +20,7 @@ from gelora_plugins.probe.find_blocks import HOW_TO_REGISTER, OWN_RANKS, unwrap
 from gelora_plugins.probe.model_inputs import backbone_inputs, fit_mask, token_masks
 from gelora_plugins.probe.no_trace import leaving_no_trace
 from gelora_plugins.probe.point_store import FeatureStore, own_pages
-from gelora_plugins.progress import progress_bar
+from gelora_plugins.probe.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -240,7 +240,7 @@ def test_what_the_trainer_leaves_out_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [turn("user", "a")], "images": ["a.png"]}, "The rows have images, and gelora probe reads text"),
+        ({"messages": [turn("user", "a")], "images": ["a.png"]}, "The rows have images, and text only is read"),
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "several completions to a prompt"),
         ({"conversations": [turn("user", "a")]}, "SFTTrainer of trl .* cannot prepare .* fields conversations"),
         ({"prompt": "a", "completion": [turn("assistant", "b")]}, "cannot prepare .* fields prompt, completion"),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gelora_plugins.progress import Lines, progress_bar
+from gelora_plugins.probe.progress import Lines, progress_bar
 
 
 class Terminal(io.StringIO):
