@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_type_hints
 
 from gelora_plugins.errors import ConfigError
 
@@ -182,8 +182,9 @@ class GeLoRAConfig:
     def json_schema(cls) -> dict[str, Any]:
         """The JSON Schema of what `from_dict` takes, as far as it is the same everywhere: plugins add names."""
         properties = {}
+        types = get_type_hints(cls)  # HfArgumentParser changes those of the fields (transformers 5.23)
         for option in fields(cls):
-            kinds = [JSON_TYPES[kind] for kind in get_args(option.type) or (option.type,)]
+            kinds = [JSON_TYPES[kind] for kind in get_args(types[option.name]) or (types[option.name],)]
             properties[option.name] = {
                 "type": kinds[0] if len(kinds) == 1 else kinds,
                 "default": option.default,
