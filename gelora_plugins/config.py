@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, Self, get_args, get_type_hints
 
 from gelora_plugins.errors import ConfigError
 
@@ -14,6 +14,14 @@ ON_UNSURE = ("warn", "uniform", "raise")
 SCALINGS = ("constant", "equal_step")
 MOST = 2**32 - 1  # of a count or a seed; numpy takes no larger seed
 FEATURE_STORAGE = ("memory", "half", "disk")
+CHOICES = {
+    "rounding": ROUNDINGS,
+    "scaling": SCALINGS,
+    "on_failure": ON_FAILURE,
+    "on_unsure": ON_UNSURE,
+    "feature_storage": FEATURE_STORAGE,
+}
+JSON_TYPES = {str: "string", int: "integer", bool: "boolean", float: "number", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -142,14 +150,7 @@ class GeLoRAConfig:
             if value > MOST:
                 raise ConfigError(f"{name} is more than {MOST}; expected a whole number of at most that.")
         self._check_rank()
-        choices = {
-            "rounding": ROUNDINGS,
-            "scaling": SCALINGS,
-            "on_failure": ON_FAILURE,
-            "on_unsure": ON_UNSURE,
-            "feature_storage": FEATURE_STORAGE,
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; expected one of: {', '.join(allowed)}.")
@@ -198,6 +199,22 @@ class GeLoRAConfig:
         if isinstance(options.get("method"), dict):
             options = {**options, "method": _words(options["method"], where)}
         return cls(**options)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON Schema of what `from_dict` takes, as far as it is the same everywhere: plugins add names."""
+        properties = {}
+        types = get_type_hints(cls)  # HfArgumentParser changes those of the fields (transformers 5.23)
+        for option in fields(cls):
+            kinds = [JSON_TYPES[kind] for kind in get_args(types[option.name]) or (types[option.name],)]
+            properties[option.name] = {
+                "type": kinds[0] if len(kinds) == 1 else kinds,
+                "default": option.default,
+                "description": option.metadata["help"],
+                **({"enum": list(CHOICES[option.name])} if option.name in CHOICES else {}),
+            }
+        properties["method"]["type"] = ["string", "object", "null"]  # by name and words, or a mapping of them
+        return {"type": "object", "properties": properties, "additionalProperties": False}
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values."""

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SECTION = "gelora"  # of the configuration; also the short name of the plugin
 ADAPTERS = ("lora", "qlora")
+_SCHEMA = GeLoRAConfig.json_schema()
 NAMES = (SECTION, "gelora_plugins.GeLoRAPlugin", f"{__name__}.GeLoRAPlugin")
 
 
@@ -35,7 +36,11 @@ class GeLoRAArgs(BaseModel):
 
     gelora: dict[str, Any] | None = Field(
         default=None,
-        json_schema_extra={"description": "Options of GeLoRA, which chooses the LoRA rank of every block."},
+        json_schema_extra={
+            "description": "Options of GeLoRA, which chooses the LoRA rank of every block.",
+            "properties": _SCHEMA["properties"],
+            "additionalProperties": _SCHEMA["additionalProperties"],
+        },
     )
 
     @model_validator(mode="before")

@@ -5,7 +5,11 @@ Apart from the plugin, because `axolotl --help` imports the module of every subc
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -33,26 +37,52 @@ class Refusal(click.ClickException):
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan, for `gelora: {plan: FILE}`.")
-def gelora(config: str, output: str | None) -> None:
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="The report as JSON on stdout, after Axolotl's banner.",
+)
+def gelora(config: str, output: str | None, as_json: bool) -> None:
     """Choose LoRA ranks for a config; do not train.
 
     Loads the model and the data of CONFIG, measures, and prints the plan, also as YAML for a config without the
     plugin. CONFIG may list gelora in `plugins` or not. Nothing is written to its output directory.
     """
+    from gelora_plugins import json_files
     from gelora_plugins.report.rank_report import RankReport, show
 
     try:
-        plan, written = choose(config)
+        with _stdout_to_stderr() if as_json else contextlib.nullcontext():
+            plan, written = choose(config)
     except Exception as error:
         said = sentence(error)
         if said is None:
             raise
         raise Refusal(printable(said)) from error
-    show(RankReport(plan))
+    if as_json:
+        click.echo(json_files.as_text(RankReport(plan).to_dict()), nl=False)
+    else:
+        show(RankReport(plan))
     if output is not None:
         plan.save(output)
-        click.echo(f"To train with these ranks and measure nothing:\n\ngelora:\n  plan: {output}\n")
-    click.echo(patterns_yaml(plan, written))
+        click.echo(f"To train with these ranks and measure nothing:\n\ngelora:\n  plan: {output}\n", err=as_json)
+    click.echo(patterns_yaml(plan, written), err=as_json)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """For what others print, by turning the descriptor: Axolotl's log handlers hold standard output already (0.21)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def choose(config: str) -> tuple[RankPlan, LoraConfig]:

@@ -1,5 +1,6 @@
 """The configuration, through Axolotl's own loader, in this process."""
 
+import os
 import subprocess
 import sys
 
@@ -115,6 +116,41 @@ def test_the_command_says_in_one_sentence_why_there_is_no_plan(workplace, manage
         assert ended.exit_code == 2, ended.output
         (line,) = (line for line in ended.output.splitlines() if line.startswith("Error: "))
         assert said in line
+
+
+def test_json_is_all_that_the_command_prints_on_standard_output(monkeypatch, capfd):
+    """Also of what a handler logs that holds standard output since before, as Axolotl's do."""
+    import json
+
+    from click.testing import CliRunner
+    from gelora_plugins.integrations import axolotl_cli
+    from peft import LoraConfig
+
+    plan = make_plan()
+
+    def choose(config):
+        os.write(1, b"a line of a log\n")
+        print("of Axolotl")
+        return plan, LoraConfig(r=8, lora_alpha=16)
+
+    monkeypatch.setattr(axolotl_cli, "choose", choose)
+    ended = CliRunner().invoke(axolotl_cli.gelora, [__file__, "--json"])
+    assert json.loads(ended.stdout)["plan"] == json.loads(json.dumps(plan.to_dict()))
+    assert "lora_rank_pattern" in ended.stderr
+    assert "of Axolotl" in ended.stderr
+    written = capfd.readouterr()
+    assert "a line of a log" not in written.out
+    assert "a line of a log" in written.err
+
+
+def test_the_schema_of_what_is_mixed_into_axolotls_configuration_has_our_section():
+    from gelora_plugins.integrations.axolotl import GeLoRAArgs
+
+    from gelora_plugins import GeLoRAConfig
+
+    section = GeLoRAArgs.model_json_schema()["properties"]["gelora"]
+    assert section["properties"] == GeLoRAConfig.json_schema()["properties"]
+    assert section["additionalProperties"] is False
 
 
 def test_a_section_that_is_right_is_kept(load):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 
 import pytest
@@ -145,3 +146,19 @@ def test_every_option_says_what_it_does():
     for field in dataclasses.fields(GeLoRAConfig):
         assert f"--{field.name}" in help_text
         assert len(field.metadata["help"]) > 20
+
+
+def test_the_json_schema_says_of_every_option_what_it_is():
+    schema = GeLoRAConfig.json_schema()
+    assert json.loads(json.dumps(schema)) == schema
+    assert list(schema["properties"]) == [field.name for field in dataclasses.fields(GeLoRAConfig)]
+    kinds = {"string": str, "integer": int, "number": float, "boolean": bool, "null": type(None)}
+    for name, option in schema["properties"].items():
+        named = [option["type"]] if isinstance(option["type"], str) else option["type"]
+        assert type(option["default"]) in [kinds[kind] for kind in named if kind in kinds]
+        assert option["default"] == getattr(GeLoRAConfig(), name)
+        for value in option.get("enum", []):
+            GeLoRAConfig.from_dict({name: value})
+    assert schema["properties"]["on_failure"]["enum"] == ["raise", "keep"]
+    assert schema["properties"]["target_std_error"]["type"] == ["number", "null"]
+    assert "enum" not in schema["properties"]["policy"]  # plugins add to them
