@@ -119,6 +119,21 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def methods_on_smollm2() -> str:
+    runs = result("methods_on_smollm2")["runs"]
+    frameworks = list(dict.fromkeys(run["framework"] for run in runs))
+    found = {(run["method"], run["framework"]): run for run in runs}
+    lines = ["| method | LoRA parameters at the end | " + " | ".join(frameworks) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(frameworks))
+    for method, options in {run["method"]: run["options"] for run in runs}.items():
+        given = " ".join([method, *(f"{name}={value}" for name, value in options.items())])
+        both = [found[method, framework] for framework in frameworks]
+        parameters = " or ".join(f"{count:,}" for count in dict.fromkeys(run["parameters"] for run in both))
+        cells = [f"{run['moved']:.2g}, {run['difference']:.1g}" for run in both]
+        lines.append(f"| `{given}` | {parameters} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def startup() -> str:
     medians = result("startup")["median_seconds"]
     beyond = {name: 1000 * (seconds - medians["python"]) for name, seconds in medians.items()}
@@ -241,6 +256,7 @@ PARTS: dict[str, Callable[[], str]] = {
         verdict_rates,
         neighbours,
         methods,
+        methods_on_smollm2,
         startup,
         probe_cost,
         probe_memory,
