@@ -129,12 +129,12 @@ def choose_documents(
                 f"A row is {describe(row)}; expected token ids alone ({more}). Pass the collator that makes the "
                 "batches, with the same columns in every row, or leave these columns out."
             )
-        num_read, num_targets = num_read + 1, num_targets + _num_targets(row)
         for document in _documents(row, config.probe_max_length, seq2seq):
             if document in chosen:
                 num_repeats += 1
             else:
                 chosen[document] = None
+        num_read, num_targets = num_read + 1, num_targets + _num_targets(row)
         if len(chosen) >= config.probe_samples:
             break
     documents = list(chosen)[: config.probe_samples]

@@ -70,7 +70,7 @@ def test_a_picture_shows_names_as_they_are(name: str, tmp_path: Path) -> None:
     assert text._preprocess_math(text.get_text()) == (name, False)
     draw(renamed(name), tmp_path / "ranks.png")
     paths = comparison(name, tmp_path).write(tmp_path / "written")
-    assert {path.suffix for path in paths} == {".json", ".md", ".png"}
+    assert {path.suffix for path in paths} == {".html", ".json", ".md", ".png"}
 
 
 def test_the_check_of_pictures_can_fail(tmp_path: Path) -> None:

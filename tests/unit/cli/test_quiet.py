@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 
 from gelora_plugins.cli import demo
-from tests.unit.cli.test_cli import data, model, run
-
-__all__ = ["data", "model"]  # fixtures
+from tests.support.commands import run
 
 
 @pytest.mark.parametrize("more", [(), ("--sensitivity",)])
