@@ -78,8 +78,8 @@ def judge(bench: Bench, jobs: int) -> dict[str, Any]:
         first = _chosen(record, bench, "r = 8", arms["r = 8"], FIRST, jobs, bar)
         made = {}
         for name, recipe in arms.items():
-            rate = RATES[_chosen(record, bench, name, recipe, first, jobs, bar)]
-            made[name] = rate, _judged(record, bench, name, recipe, rate, jobs, bar)
+            place = _chosen(record, bench, name, recipe, first, jobs, bar)
+            made[name] = _judged(record, bench, name, recipe, place, jobs, bar)
     losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
     grid = [f"r = {rank}" for rank in GRID]
     best = min(grid, key=lambda name: losses[name])
@@ -122,14 +122,17 @@ def _chosen(record: Record, bench: Bench, name: str, recipe: Recipe, first: int,
 
 
 def _judged(
-    record: Record, bench: Bench, name: str, recipe: Recipe, rate: float, jobs: int, bar: Any
-) -> list[dict[str, Any]]:
-    judges = [Run(name, "uniform", recipe, seed, rate, False, HEAD_RATE) for seed in range(JUDGING)]
-    record.make(judges, Trainers(bench, jobs), bar)
-    found = [record.lines[made.key(bench.identity)] for made in judges]
-    if any(map(diverged, found)):
-        raise SystemExit(f"{name}: a seed diverged at the rate {rate:g}; nothing is averaged over it.")
-    return found
+    record: Record, bench: Bench, name: str, recipe: Recipe, place: int, jobs: int, bar: Any
+) -> tuple[float, list[dict[str, Any]]]:
+    """(the rate, the lines of the runs that judge it): the chosen one, or the next lower at which no seed diverges."""
+    for rate in RATES[place::-1]:
+        judges = [Run(name, "uniform", recipe, seed, rate, False, HEAD_RATE) for seed in range(JUDGING)]
+        record.make(judges, Trainers(bench, jobs), bar)
+        found = [record.lines[made.key(bench.identity)] for made in judges]
+        if not any(map(diverged, found)):
+            return rate, found
+        print(f"{name}: {sum(map(diverged, found))} of {JUDGING} seeds diverged at the rate {rate:g}.")
+    raise SystemExit(f"{name}: seeds diverge at every rate.")
 
 
 def _row(name: str, recipe: Recipe, rate: float, lines: Lines, eight: Lines, best: Lines) -> dict[str, Any]:
