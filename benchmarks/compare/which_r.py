@@ -24,6 +24,7 @@ from gelora_plugins import GeLoRAConfig, json_files
 from gelora_plugins.compare.allocations import lora
 from gelora_plugins.compare.bench import Bench
 from gelora_plugins.compare.run import Trainers, measured
+from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.findings.arms import Recipe
 from gelora_plugins.findings.record import Record, Run, diverged, locked
 from gelora_plugins.findings.stats import Difference, mean_interval, paired_difference
@@ -54,48 +55,52 @@ def main() -> None:
             raise SystemExit(f"{name} needs --data DIR with DIR/{name}/train.jsonl.gz and validation.jsonl.gz")
         task = docstrings() if name == "docstrings" else from_files(name, options.data)
         bench = Bench(minilm(), task, replace(SETTINGS, epochs=3 if name == "docstrings" else 1), options.output / name)
-        found = judge(bench, options.jobs)
-        json_files.write_json(options.output / name / "which_r.json", found)
-        print(*lines_of(found), sep="\n")
+        for found in judge(bench, options.jobs):
+            json_files.write_json(options.output / name / "which_r.json", found)
+            print(*lines_of(found), sep="\n", flush=True)
 
 
-def judge(bench: Bench, jobs: int) -> dict[str, Any]:
-    """Train every arm of a task at its own rate, and compare all with rank 8 and with the best of the grid."""
+def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
+    """Train every arm of a task at its own rate; after each, all so far beside rank 8 and the best of the grid."""
     profile = measured(bench, GeLoRAConfig())
     # What is learnt of a row is its label; the profile is measured on rows without.
     profile = replace(profile, num_rows=len(bench.train), num_targets=len(bench.train))
-    arms = {f"r = {rank}": lora([rank] * len(bench.sites), bench.sites, keep_alpha=True) for rank in GRID}
-    for floor in (1, 2):
-        plan = make_plan(profile, GeLoRAConfig(min_rank=floor), bench.sites, 8, lora_alpha=16)
-        arms[f"published, floor {floor}"] = lora(plan.ranks, bench.sites, keep_alpha=True)
-    half = len(bench.sites) // 2  # of six blocks of one size
-    arms |= {
-        name: lora(ranks, bench.sites, keep_alpha=True)
-        for name, ranks in (("early", [15] * half + [1] * half), ("late", [1] * half + [15] * half))
-    }
+    arms = _arms(bench, profile)
+    chosen = {str(rule): total_rank(rule, profile, bench.sites, 8) for rule in RULES}
+    on_grid = {rule: min(GRID, key=lambda r: abs(math.log2(r / rank))) for rule, rank in chosen.items()}
+    made: dict[str, tuple[float, list[dict[str, Any]]]] = {}
     with locked(bench.folder), tqdm(unit="run") as bar:
         record = Record(bench.folder / "runs.jsonl", bench.identity)
         first = _chosen(record, bench, "r = 8", arms["r = 8"], FIRST, jobs, bar)
-        made = {}
-        for name, recipe in arms.items():
-            place = _chosen(record, bench, name, recipe, first, jobs, bar)
-            made[name] = _judged(record, bench, name, recipe, place, jobs, bar)
-    losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
-    grid = [f"r = {rank}" for rank in GRID]
-    best = min(grid, key=lambda name: losses[name])
-    rows = [_row(name, arms[name], *made[name], made["r = 8"][1], made[best][1]) for name in arms]
-    chosen = {str(rule): total_rank(rule, profile, bench.sites, 8) for rule in RULES}
-    on_grid = {rule: min(GRID, key=lambda r: abs(math.log2(r / rank))) for rule, rank in chosen.items()}
-    return {
-        "machine": machine(),
-        "task": bench.task.name,
-        "train_rows": len(bench.train),
-        "test_rows": len(bench.test),
-        "parameters_per_rank": sum(site.parameters_per_rank for site in bench.sites),
-        "best": best,
-        "arms": rows,
-        "rules": [{"rule": rule, "rank": chosen[rule], "judged_as": f"r = {on_grid[rule]}"} for rule in chosen],
-    }
+        for arm, recipe in arms.items():
+            place = _chosen(record, bench, arm, recipe, first, jobs, bar)
+            made[arm] = _judged(record, bench, arm, recipe, place, jobs, bar)
+            losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
+            best = min((name for name in losses if name.startswith("r = ")), key=lambda name: losses[name])
+            yield {
+                "machine": machine(),
+                "task": bench.task.name,
+                "train_rows": len(bench.train),
+                "test_rows": len(bench.test),
+                "parameters_per_rank": sum(site.parameters_per_rank for site in bench.sites),
+                "best": best,
+                "arms": [_row(name, arms[name], *made[name], made["r = 8"][1], made[best][1]) for name in made],
+                "not_run": [name for name in arms if name not in made],
+                "rules": [{"rule": rule, "rank": chosen[rule], "judged_as": f"r = {on_grid[rule]}"} for rule in chosen],
+            }
+
+
+def _arms(bench: Bench, profile: DimensionProfile) -> dict[str, Recipe]:
+    """All arms, 8 first, as all others begin at its rate."""
+    half = len(bench.sites) // 2  # of six blocks of one size
+    ranks: dict[str, Sequence[int]] = {f"r = {rank}": [rank] * len(bench.sites) for rank in (8, 1, 2, 4, 32)}
+    ranks["early"] = [15] * half + [1] * half
+    ranks |= {f"r = {rank}": [rank] * len(bench.sites) for rank in GRID}
+    for floor in (1, 2):
+        config = GeLoRAConfig(min_rank=floor)
+        ranks[f"published, floor {floor}"] = make_plan(profile, config, bench.sites, 8, lora_alpha=16).ranks
+    ranks["late"] = ranks["early"][::-1]
+    return {name: lora(of_blocks, bench.sites, keep_alpha=True) for name, of_blocks in ranks.items()}
 
 
 def _chosen(record: Record, bench: Bench, name: str, recipe: Recipe, first: int, jobs: int, bar: Any) -> int:
@@ -166,19 +171,25 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
     """What was found as two Markdown tables."""
     yield "| arm | parameters | loss | less that of 8 | score | less that of 8 | rate |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for arm in found["arms"]:
+    for arm in sorted(found["arms"], key=lambda arm: (not arm["arm"].startswith("r = "), arm["parameters"])):
         half = f" ± {arm['loss'][1]:.3f}"
         yield (
             f"| {arm['arm']} | {arm['parameters']:,} | {arm['loss'][0]:.3f}{half} | "
             f"{_interval(arm['loss_less_that_of_8'], 3)} | {arm['score'][0]:.1f} ± {arm['score'][1]:.1f} | "
             f"{_interval(arm['score_less_that_of_8'], 1)} | {arm['rate']:g}{' (edge)' if arm['edge'] else ''} |"
         )
+    if found["not_run"]:
+        yield ""
+        yield f"Not run: {', '.join(found['not_run'])}. So the best of the grid is that of the ranks above."
     yield ""
     yield "| rule | rank | loss less the best of the grid | less that of 8 | parameters |"
     yield "| --- | --- | --- | --- | --- |"
     arms = {arm["arm"]: arm for arm in found["arms"]}
     for rule in found["rules"]:
-        arm = arms[rule["judged_as"]]
+        arm = arms.get(rule["judged_as"])
+        if arm is None:
+            yield f"| {rule['rule']} | {rule['rank']} | not run | | |"
+            continue
         yield (
             f"| {rule['rule']} | {rule['rank']} | {_interval(arm['loss_less_the_best'], 3)} | "
             f"{_interval(arm['loss_less_that_of_8'], 3)} | {arm['parameters']:,} |"
