@@ -52,7 +52,7 @@ def paired_difference(
     theirs: Sequence[float],
     parts: tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]] | None = None,
 ) -> Difference:
-    """`ours` minus `theirs`, seed by seed, by Student's paired t test; with `parts` by `two_way`.
+    """`ours` minus `theirs`, seed by seed, by Student's paired t test; with `parts` by `two_way`, where they differ.
 
     Args:
         parts: of ours and of theirs what each test row adds to the score, one sequence for each seed.
@@ -67,12 +67,16 @@ def paired_difference(
         return Difference(mean, None, 1.0, None, n)
     if np.ptp(differences) <= 1e-12 * abs(mean):  # the same difference at every seed: a sign test is what is left
         return Difference(mean, (mean, mean), 1.0 if mean == 0 else 2.0 / 2**n, 0.0, n)
-    if parts is not None:
-        error, freedom = two_way(np.asarray(parts[0], dtype=float) - np.asarray(parts[1], dtype=float))
+    of_rows = (
+        np.empty((n, 0)) if parts is None else np.asarray(parts[0], dtype=float) - np.asarray(parts[1], dtype=float)
+    )
+    # A record keeps six digits of a part: scores that differ by less have parts that are the same.
+    error, freedom = two_way(of_rows) if of_rows.size > n and np.ptp(of_rows) > 0 else (0.0, 0.0)
+    if error > 0:
         quantile = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
         interval = (mean - quantile * error, mean + quantile * error)
         p, least = 2 * float(stats.t.sf(abs(mean) / error, freedom)), quantile + float(stats.t.ppf(POWER, freedom))
-        return Difference(mean, interval, p, least * error, n, len(parts[0][0]))
+        return Difference(mean, interval, p, least * error, n, of_rows.shape[1])
     found = stats.ttest_1samp(differences, 0.0)
     low, high = found.confidence_interval(LEVEL)
     return Difference(

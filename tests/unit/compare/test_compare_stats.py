@@ -167,3 +167,17 @@ def test_intervals_hold_the_true_difference_where_test_rows_are_a_draw() -> None
     covered = np.mean(held, axis=0)
     assert 0.92 <= covered[0] <= 0.99
     assert covered[1] <= 0.75
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[[0.0, 0.0]] * 3, [[0.5], [0.1], [0.3]], [[1.0, -1.0], [-1.0, 1.0], [0.0, 0.0]]],
+    ids=["all alike", "one row", "means alike"],
+)
+def test_parts_that_say_nothing_leave_the_seeds(parts: list[list[float]]) -> None:
+    """Scores that differ beyond the six digits of a recorded part, and a test set of one row."""
+    ours, theirs = [-0.8731, -0.8772, -0.885090605], [-0.8731, -0.8772, -0.885090608]
+    found = paired_difference(ours, theirs, (parts, np.zeros_like(parts).tolist()))
+    assert found == paired_difference(ours, theirs)
+    assert found.interval is not None
+    assert 0 < found.p < 1
