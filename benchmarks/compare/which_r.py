@@ -94,11 +94,11 @@ def _arms(bench: Bench, profile: DimensionProfile) -> dict[str, Recipe]:
     """All arms, 8 first, as all others begin at its rate."""
     half = len(bench.sites) // 2  # of six blocks of one size
     ranks: dict[str, Sequence[int]] = {f"r = {rank}": [rank] * len(bench.sites) for rank in (8, 1, 2, 4, 32)}
-    ranks["early"] = [15] * half + [1] * half
-    ranks |= {f"r = {rank}": [rank] * len(bench.sites) for rank in GRID}
     for floor in (1, 2):
         config = GeLoRAConfig(min_rank=floor)
         ranks[f"published, floor {floor}"] = make_plan(profile, config, bench.sites, 8, lora_alpha=16).ranks
+    ranks["early"] = [15] * half + [1] * half
+    ranks |= {f"r = {rank}": [rank] * len(bench.sites) for rank in GRID}
     ranks["late"] = ranks["early"][::-1]
     return {name: lora(of_blocks, bench.sites, keep_alpha=True) for name, of_blocks in ranks.items()}
 

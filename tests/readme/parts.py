@@ -29,6 +29,7 @@ from tests.readme.comparison import (
     verdicts,
 )
 from tests.readme.start import command_line, first_screen, quickstart, quickstart_report
+from tests.readme.which_r import which_r, which_r_said
 from tests.support.families import models_read
 from tests.support.kinds import matrix
 from tests.support.rows import formats_read
@@ -282,6 +283,8 @@ PARTS: dict[str, Callable[[], str]] = {
         null,
         two_way,
         headroom_rates,
+        which_r,
+        which_r_said,
     )
 }
 PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
