@@ -25,9 +25,9 @@ def which_r_said() -> str:
     for found in _recorded():
         arms = {arm["arm"]: arm["score_less_that_of_8"] for arm in found["arms"]}
         low, high = ([name for name in arms if name in names] for names in (("r = 1", "r = 2"), ("r = 32", "r = 64")))
-        said = [f"{name.removeprefix('r = ')} {_points(arms[name])}" for name in (*low, *high)]
+        said = [f"rank {name.removeprefix('r = ')}: {_points(arms[name])}" for name in (*low, *high)]
         sentences.append(
-            f"On `{found['task']}`, in points of accuracy beside r = 8 and each at its own rate: {', '.join(said)}."
+            f"On `{found['task']}`, in points of accuracy beside r = 8 and each at its own rate: {'; '.join(said)}."
         )
         if "early" in arms:
             sentences.append(
