@@ -103,11 +103,11 @@ class DimensionProfile:
             read in growing numbers.
         options: those that the measurement followed, by name; None in profiles from before they were recorded.
         model_name: what the model was loaded as, or None where that is not known.
+        model_fingerprint: see `provenance.model_fingerprint`; None where there is none.
         num_rows: of the training set; None where it has no length, and in profiles from before this was recorded.
         num_targets: tokens of those rows that have a label, or rows where a row has one label, as the rows that were
             read let expect; None where they do not say. Texts that are tokenised for the probe count up to
             `probe_max_length`.
-        model_fingerprint: see `provenance.model_fingerprint`; None where there is none.
     """
 
     layout: ModelLayout

@@ -6,6 +6,7 @@ import operator
 import random
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -120,7 +121,8 @@ def choose_documents(
         to_batch = batch_maker(collator, first, config.probe_max_length, accepted, seq2seq)
         return ProbeSet(some, 0, to_batch, lambda row: 0, num_rows)
     chosen: dict[tuple[tuple[int, ...], ...], None] = {}
-    num_repeats = num_read = num_targets = 0
+    num_repeats = 0
+    targets: list[int | None] = []  # of the rows that are read
     for row in (r for source in ([first], rows) for r in source):
         beside = _beside_tokens(row, collator, accepted)
         if beside is None or beside:
@@ -134,21 +136,19 @@ def choose_documents(
                 num_repeats += 1
             else:
                 chosen[document] = None
-        num_read, num_targets = num_read + 1, num_targets + _num_targets(row)
+        targets.append(_num_targets(row))
         if len(chosen) >= config.probe_samples:
             break
     documents = list(chosen)[: config.probe_samples]
     order(documents)
     fields = ("input_ids", "labels") if seq2seq else ("input_ids", "token_type_ids")
     pad = max(getattr(model_config, "pad_token_id", None) or 0, 0)  # old Llama configurations say -1
-    return ProbeSet(
-        documents,
-        num_repeats,
-        lambda some: _pad(some, fields, pad),
-        lambda document: len(document[0]),
-        num_rows,
-        None if num_rows is None else round(num_targets / num_read * num_rows),
-    )
+    known = [count for count in targets if count is not None]
+    num_targets = None
+    if num_rows is not None and len(known) == len(targets):
+        num_targets = round(sum(known) / len(known) * num_rows)
+    to_batch = partial(_pad, fields=fields, pad=pad)
+    return ProbeSet(documents, num_repeats, to_batch, lambda document: len(document[0]), num_rows, num_targets)
 
 
 def _sample_rows(dataset: Any, config: GeLoRAConfig) -> Iterator[Any]:
@@ -222,12 +222,20 @@ def _documents(row: Mapping[str, Any], max_length: int, seq2seq: bool) -> Iterat
             yield tuple(ids[i] for i in places), tuple(types[i] for i in places) if any(types) else ()
 
 
-def _num_targets(row: Mapping[str, Any]) -> int:
-    """Tokens of a row that have a label: by its labels, or TRL's masks; all of them where it has neither."""
-    labels = row.get("labels", row.get("label"))
+def _num_targets(row: Mapping[str, Any]) -> int | None:
+    """Tokens of a row that have a label: by its labels, or TRL's masks; all of them where it has neither.
+
+    None where the labels are no numbers in rows and columns. What they are is the model's to know, and no reason not to
+    measure.
+    """
+    labels = next((row[name] for name in ("labels", "label") if row.get(name) is not None), None)
+    if isinstance(labels, str):
+        return 1
     if labels is not None:
-        several = hasattr(labels, "__len__") and getattr(labels, "shape", None) != ()
-        return sum(label != IGNORED_LABEL for label in _ints(row, "labels")) if several else 1
+        try:
+            return int((torch.as_tensor(labels) != IGNORED_LABEL).sum())
+        except (TypeError, ValueError):
+            return None
     masks = [_each(row, name, row["input_ids"]) for name in ("completion_mask", "assistant_masks")]
     masks = [mask for mask in (*masks, _ints(row, "attention_mask")) if mask]
     return sum(map(all, zip(*masks, strict=True))) if masks else len(row["input_ids"])

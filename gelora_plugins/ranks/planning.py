@@ -26,6 +26,7 @@ def make_plan(
     """The ranks that `config.policy` gives `sites`, and how often it gives others on redraws of `profile`, as a plan.
 
     A rank below `config.min_rank` is raised to it, and one above what the matrices of a site can hold is held to that.
+    So is the total that `config.rank` chooses, for each redraw anew: a rule may follow the dimensions.
 
     Raises:
         ConfigError: the policy, or the rule that `config.rank` names, does not exist.
@@ -33,16 +34,17 @@ def make_plan(
             the profile or for one of its redraws.
     """
     policy: Policy = plugins.find("policy", config.policy)
-    total = total_rank(config.rank, profile, sites, base_rank)
+    most = max((site.most(base_rank) for site in sites), default=base_rank)
 
     def chosen(measured: DimensionProfile) -> RankPlan:
+        total = min(total_rank(config.rank, measured, sites, base_rank), most)
         ranks = policy(measured, sites, total, config)
         if not isinstance(ranks, Iterable):
             raise PlanError(f"The policy {config.policy!r} returned {ranks!r:.80}; expected one rank per site.")
         try:
             return RankPlan(
                 sites=tuple(sites),
-                ranks=_held(tuple(ranks), sites, total, config.min_rank),
+                ranks=_held(tuple(ranks), sites, base_rank, config.min_rank),
                 base_rank=base_rank,
                 lora_alpha=lora_alpha,
                 use_rslora=use_rslora,

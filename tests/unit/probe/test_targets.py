@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.utils.data import IterableDataset
 
 from gelora_plugins.config import GeLoRAConfig
@@ -34,6 +35,13 @@ IDS = {"input_ids": [5, 6, 7, 8]}
         ({**IDS, "labels": 1}, 1),
         ({**IDS, "label": 0}, 1),
         ({**IDS, "labels": 0.5}, 1),
+        ({**IDS, "labels": [0.0, 1.0, 1.0]}, 3),
+        ({**IDS, "labels": torch.tensor([0.5, 0.1])}, 2),
+        ({**IDS, "labels": torch.tensor(3)}, 1),
+        ({**IDS, "labels": [[1, -100], [2, 3]]}, 3),
+        ({**IDS, "label": [1.0, 0.0]}, 2),
+        ({**IDS, "label": "sport"}, 1),
+        ({**IDS, "labels": None, "label": 2}, 1),
         ({**IDS, "completion_mask": [0, 0, 0, 1]}, 1),
         ({**IDS, "completion_mask": [0, 1, 1, 1], "assistant_masks": [0, 0, 1, 1]}, 2),
         ({**IDS, "completion_mask": [0, 1, 1, 1], "attention_mask": [1, 1, 1, 0]}, 2),
@@ -71,8 +79,12 @@ def test_a_stream_has_no_length():
     assert (chosen(Stream()).num_rows, chosen(Stream()).num_targets) == (None, None)
 
 
-def test_rows_for_a_collator_do_not_say_what_is_learnt():
-    import torch
+def test_labels_of_no_shape_measure_all_the_same_and_leave_the_rest_unknown():
+    """Nobody but the rules for the total reads labels of a decoder."""
+    found = chosen([{**IDS, "labels": [[1], [2, 3]]}])
+    assert (found.num_documents, found.num_rows, found.num_targets) == (1, 1, None)
 
+
+def test_rows_for_a_collator_do_not_say_what_is_learnt():
     found = chosen([{"text": str(i)} for i in range(5)], collator=lambda rows: {"input_ids": torch.ones(len(rows), 3)})
     assert (found.num_rows, found.num_targets) == (5, None)

@@ -144,3 +144,29 @@ def test_ranks_that_are_not_sure_become_the_total(caplog):
     )
     assert set(alike.ranks) == {16}
     assert "Every block gets r = 16 instead" in caplog.text
+
+
+def test_a_total_that_follows_the_dimensions_may_differ_with_them():
+    """The share of redraws with other ranks is that of the rule, too: uniform ranks of a dimension are not sure."""
+    profile = make_plan(replicates=30, spread=2.0).profile
+    by_dimension = make(profile, GeLoRAConfig(policy="uniform", rank="dimension_max"), SITES, 4, lora_alpha=8)
+    by_number = make(profile, GeLoRAConfig(policy="uniform", rank=16), SITES, 4, lora_alpha=8)
+    redrawn = [total_rank("dimension_max", redraw, SITES, 4) for redraw in profile.redraws()]
+    other = sum(rank != by_dimension.total_rank for rank in redrawn) / len(redrawn)
+    assert other > 0
+    assert by_dimension.rank_changes == (other,) * len(SITES)
+    assert by_number.rank_changes == (0.0,) * len(SITES)
+
+
+@pytest.mark.parametrize("policy", ["uniform", "budget"])
+@pytest.mark.parametrize("rank", [4096, 10**9])
+def test_no_total_is_beyond_what_the_matrices_can_use(policy, rank):
+    sites = tuple(replace(site, max_rank=8) for site in SITES)
+    plan = make(PROFILE, GeLoRAConfig(policy=policy, rank=rank), sites, 4, lora_alpha=8)
+    assert (plan.ranks, plan.total_rank) == ((8,) * len(sites), 8)
+    plan.check_sites(sites)
+
+
+def test_the_users_own_rank_may_be_beyond_it():
+    sites = tuple(replace(site, max_rank=8) for site in SITES)
+    assert set(make(PROFILE, GeLoRAConfig(policy="uniform"), sites, 16, lora_alpha=8).ranks) == {16}
