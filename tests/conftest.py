@@ -17,12 +17,11 @@ LONGEST = (
     "tests/integration/compare/test_compare_control.py",
     "tests/integration/compare/test_compare.py",
     "tests/e2e/",
-    "tests/integration/trl/test_trl.py::test_sft_command_in_two_processes",
     "tests/faults/test_killed_anywhere.py",
     "tests/integration/trainer/test_killed.py",
     "tests/integration/processes/test_processes.py",
     "tests/integration/processes/test_sharded.py",
-    "tests/integration/models/test_example_plugin.py",
+    "tests/integration/methods/",
     "tests/integration/",
 )
 

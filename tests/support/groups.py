@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from gelora_plugins.integrations.trl import main
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -68,6 +69,11 @@ def train_method(directory: Path, name: str) -> None:
     trainer.train()
     torch.save(matrices(trainer.model), directory / f"found-{rank()}.pt")
     part()
+
+
+def sft_command(_: Path, options: list[str]) -> None:
+    """`gelora sft` with these options."""
+    main(options)
 
 
 def fail(directory: Path, how: str, where: int) -> None:

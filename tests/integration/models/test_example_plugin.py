@@ -1,13 +1,16 @@
 """examples/plugin, installed as the distribution that it is."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.forks import run_script, start, wait
+
 PLUGIN = Path(__file__).parents[3] / "examples" / "plugin"
 CODE = """
-import torch
+import sys
+sys.path.insert(0, sys.argv[1])  # before plugins are looked for
+
 from torch import nn
 from gelora_plugins import GeLoRAConfig, select_ranks
 from gelora_plugins.plugins import available, plugin_manager
@@ -34,9 +37,10 @@ def test_an_installed_plugin_adds_an_estimator_and_a_layout(tmp_path: Path) -> N
         if path.is_file():
             (source / path.name).write_bytes(path.read_bytes())
     subprocess.run([*pip, "--target", str(tmp_path / "site"), str(source)], check=True)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{PLUGIN.parents[1]}"}
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True, text=True)
-    estimators, ranks, blocks = done.stdout.strip().splitlines()
+    (tmp_path / "script.py").write_text(CODE)
+    log = tmp_path / "log.txt"
+    assert wait(start(run_script, tmp_path / "script.py", [str(tmp_path / "site")], log=log)) == 0, log.read_text()
+    estimators, ranks, blocks = log.read_text().strip().splitlines()
     assert estimators == "['gride', 'mle', 'participation_ratio', 'twonn', 'twonn_mle']"
     assert len(eval(ranks)) == 3
     assert blocks == "['blocks.0', 'blocks.1']"

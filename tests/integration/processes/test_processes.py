@@ -1,6 +1,6 @@
 """Processes of one group (DDP, gloo): they share the measurement, have one plan, train alike, and end together.
 
-tests/integration/trl/test_trl.py starts such processes with torchrun.
+tests/e2e/test_trl_smollm2.py starts such processes with torchrun.
 """
 
 import json

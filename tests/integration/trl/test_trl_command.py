@@ -1,8 +1,6 @@
 """`gelora sft`, in this process; tests/e2e/test_trl_smollm2.py runs it as a command."""
 
 import json
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from trl.scripts import sft
 
 from gelora_plugins import GeLoRAConfig
 from gelora_plugins.errors import ConfigError, GeLoRAError, ProbeError
+from tests.support.forks import run_together, said
+from tests.support.groups import sft_command
 from tests.support.trl_runs import DOCUMENTS, LORA, check_saved, data, plan_of
 
 pytestmark = pytest.mark.usefixtures("fixed_policy")
@@ -65,11 +65,10 @@ def test_sft_command_takes_flags_and_yaml(options: dict[str, Any], tmp_path: Pat
 
 
 def test_sft_command_in_two_processes(options: dict[str, Any], tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "gelora_plugins.integrations.trl", *flags({**options, "policy": "gelora"})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("LoRA ranks by GeLoRA") == 1
+    assert run_together(tmp_path, 2, sft_command, flags({**options, "policy": "gelora"})) == [0, 0], said(
+        tmp_path
+    ).read_text()
+    assert [said(tmp_path, i).read_text().count("LoRA ranks by GeLoRA") for i in (0, 1)] == [1, 0]
     assert torch.load(tmp_path / "run" / "training_args.bin", weights_only=False).world_size == 2
     plan = plan_of(tmp_path / "run")
     assert set(plan.ranks) != {LORA["r"]}
