@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import TrainerCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
 from gelora_plugins.errors import PlanError, WriteError
 from gelora_plugins.ranks.plan import PLAN, RankPlan
+from gelora_plugins.report.pictures import pixels
 from gelora_plugins.report.rank_report import RankReport, scalars, show, write_reports
+from gelora_plugins.report.table import COLUMNS, cells
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from gelora_plugins.config import GeLoRAConfig
@@ -24,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "gelora/"
 MEAN_RANK = f"{PREFIX}mean_rank"
+TABLE, PICTURE = f"{PREFIX}plan", f"{PREFIX}picture"
 
 
 class Planned(Protocol):
@@ -36,8 +43,9 @@ class Planned(Protocol):
 class PlanLog(TrainerCallback):
     """At the start of training: what the plan comes to, to `log_history` and to whatever `report_to` names.
 
-    Once for each `log_history`: one that comes with a checkpoint has it. All processes do it, as all log the losses;
-    the trackers write in one. A tracker that fails is a warning here.
+    TensorBoard, W&B, trackio and MLflow get the table and the picture of the plan, too. Once for each `log_history`:
+    one that comes with a checkpoint has it. All processes do it, as all log the losses; the trackers write in one. A
+    tracker that fails is a warning here.
     """
 
     def __init__(self, selection: Planned) -> None:
@@ -53,6 +61,8 @@ class PlanLog(TrainerCallback):
         known = {f"{PREFIX}{name}": value for name, value in scalars(plan).items()}
         try:
             trainer.log(dict(known))  # to which the Trainer adds
+            if state.is_world_process_zero:
+                _show_in_trackers(trainer.callback_handler.callbacks, plan)
         except Exception as error:
             if state.is_world_process_zero:
                 logger.warning("The ranks were not logged everywhere: %s: %s", type(error).__name__, error)
@@ -64,6 +74,35 @@ class PlanLog(TrainerCallback):
         for entry in state.log_history:
             if MEAN_RANK in entry:
                 entry.update(lists)
+
+
+def _show_in_trackers(callbacks: Sequence[TrainerCallback], plan: RankPlan) -> None:
+    """Give the table of the plan, and its picture where matplotlib is installed, to the trackers that take such.
+
+    The Trainer's own `log` takes numbers only, so these go to the handles that the callbacks keep (transformers 5.23).
+    """
+    picture = pixels(plan) if importlib.util.find_spec("matplotlib") is not None else None
+    for callback in callbacks:
+        match callback:
+            case TensorBoardCallback(tb_writer=writer) if writer is not None:
+                writer.add_text(TABLE, RankReport(plan).to_markdown(), 0)
+                if picture is not None:
+                    writer.add_image(PICTURE, picture, 0, dataformats="HWC")
+            case WandbCallback(_wandb=wandb) if wandb is not None and wandb.run is not None:
+                shown = {PICTURE: wandb.Image(picture)} if picture is not None else {}
+                table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in cells(plan)])
+                wandb.log({TABLE: table, **shown, "train/global_step": 0})
+            case TrackioCallback(_trackio=trackio):
+                from pandas import DataFrame  # which trackio needs
+
+                table = trackio.Table(dataframe=DataFrame(cells(plan), columns=COLUMNS))
+                shown = {PICTURE: trackio.Image(picture)} if picture is not None else {}
+                trackio.log({TABLE: table, **shown, "train/global_step": 0})
+            case MLflowCallback(_ml_flow=mlflow) if mlflow.active_run() is not None:
+                columns = zip(*cells(plan), strict=True)
+                mlflow.log_table(dict(zip(COLUMNS, map(list, columns), strict=True)), f"{TABLE}.json")
+                if picture is not None:
+                    mlflow.log_image(picture, f"{PICTURE}.png")
 
 
 def tell(

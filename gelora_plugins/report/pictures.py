@@ -14,6 +14,7 @@ from gelora_plugins.report.chart import caption
 from gelora_plugins.text import label
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
     from gelora_plugins.dimension.profile import DimensionProfile
@@ -52,6 +53,20 @@ def figure(plan: RankPlan) -> Figure:
     # A notebook shows no Figure that pyplot has not made, unless it has this (matplotlib 3.11, IPython 9).
     vars(picture)["_repr_png_"] = partial(_saved, picture, "png")
     return picture
+
+
+def pixels(plan: RankPlan) -> np.ndarray:
+    """`figure(plan)` as (height, width, 4) uint8, red, green, blue and opacity.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure(plan))
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())
 
 
 def _saved(picture: Figure, kind: str) -> bytes:

@@ -8,10 +8,12 @@ import pytest
 from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import TrainerState
 
 from gelora_plugins import GeLoRACallback, GeLoRAConfig, RankPlan
 from gelora_plugins.report.rank_report import scalars
+from gelora_plugins.report.table import COLUMNS, cells
 from tests.support.plans import make_plan, plan_for
 from tests.support.tiny import build
 from tests.support.training import LORA, peft_model, ranks_by_block, saved_plan, trainer_for
@@ -20,7 +22,7 @@ SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gelora_plugins.report.rank_report.draw", lambda *args: None)  # half the time
 
 
@@ -86,6 +88,82 @@ def test_each_history_has_it(tmp_path: Path, callback: GeLoRACallback) -> None:
     for _ in range(2):
         trainer.train()
         check_entry(trainer.state, saved_plan(tmp_path))
+
+
+class Noted:
+    """Takes what a tracker takes: every call with its arguments, by its name. What is asked for is true."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, args, kwargs))
+            return (name, args, kwargs)
+
+        return call
+
+
+def with_tracker(tmp_path: Path, callback: GeLoRACallback, kind: type[TrainerCallback], handle: str) -> Noted:
+    """A training with a tracker that is not installed here: what its package is given, by the calls of its own API."""
+    tracker, noted = kind.__new__(kind), Noted()
+    vars(tracker).update(
+        {handle: noted, "_initialized": True, "_auto_end_run": False, "on_train_begin": lambda *args, **kwargs: None}
+    )
+    for moment in ("on_log", "on_save", "on_train_end"):
+        setattr(tracker, moment, lambda *args, **kwargs: None)
+    trainer = trainer_for(peft_model(), tmp_path, callback)
+    trainer.add_callback(tracker)
+    trainer.train()
+    return noted
+
+
+def check_picture(array: Any) -> None:
+    assert (array.dtype, array.ndim, array.shape[2]) == ("uint8", 3, 4)
+    assert array.std() > 10, "nothing is drawn"
+
+
+# The calls as wandb 0.31, trackio 0.43 and mlflow 3.17 take them: benchmarks/trackers.py tries them on the real ones.
+
+
+def test_wandb_and_trackio_get_the_table_and_the_picture(tmp_path: Path, callback: GeLoRACallback) -> None:
+    for kind, handle in ((WandbCallback, "_wandb"), (TrackioCallback, "_trackio")):
+        noted = with_tracker(tmp_path, callback, kind, handle)
+        plan = saved_plan(tmp_path)
+        ((shown,),) = [args for name, args, _ in noted.calls if name == "log"]
+        assert set(shown) == {"gelora/plan", "gelora/picture", "train/global_step"}
+        name, _, given = shown["gelora/plan"]
+        assert name == "Table"
+        rows = given["data"] if kind is WandbCallback else given["dataframe"].to_numpy().tolist()
+        columns = given["columns"] if kind is WandbCallback else given["dataframe"].columns
+        assert [tuple(row) for row in rows] == cells(plan)
+        assert tuple(columns) == COLUMNS
+        name, (array,), _ = shown["gelora/picture"]
+        assert name == "Image"
+        check_picture(array)
+
+
+def test_mlflow_gets_the_table_and_the_picture(tmp_path: Path, callback: GeLoRACallback) -> None:
+    calls = {name: args for name, args, _ in with_tracker(tmp_path, callback, MLflowCallback, "_ml_flow").calls}
+    table, file = calls["log_table"]
+    assert file == "gelora/plan.json"
+    assert list(zip(*table.values(), strict=True)) == cells(saved_plan(tmp_path))
+    array, file = calls["log_image"]
+    assert file == "gelora/picture.png"
+    check_picture(array)
+
+
+def test_tensorboard_has_the_table_and_the_picture(tmp_path: Path, boards: Path, callback: GeLoRACallback) -> None:
+    trainer_for(peft_model(), tmp_path, callback, report_to=["tensorboard"]).train()
+    found = [EventAccumulator(str(file)).Reload() for file in sorted(boards.rglob("events.*"))]
+    (table,) = [
+        e.Tensors("gelora/plan/text_summary")[0] for e in found if "gelora/plan/text_summary" in e.Tags()["tensors"]
+    ]
+    text = table.tensor_proto.string_val[0].decode()
+    assert "| block | dimension in | dimension out | rank | may differ | parameters |" in text
+    (picture,) = [events.Images("gelora/picture")[0] for events in found if events.Tags()["images"]]
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
+    assert picture.width > picture.height > 100
 
 
 class Down(TrainerCallback):
