@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.metadata
-import importlib.util
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def __getattr__(name: str) -> Any:
         return importlib.metadata.version("gelora")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _NEEDS and importlib.util.find_spec(_NEEDS[name]) is None:
+    if name in _NEEDS and find_spec(_NEEDS[name]) is None:
         return _stand_in(name, _NEEDS[name])
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value

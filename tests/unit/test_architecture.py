@@ -240,10 +240,10 @@ def test_an_unknown_public_name_is_an_attribute_error():
 
 @pytest.fixture
 def without_frameworks(monkeypatch):
-    """As where neither trl nor axolotl is installed."""
-    find_spec = importlib.util.find_spec
+    """As where neither trl nor axolotl is installed, for this package alone: others may bind what is patched."""
+    find_spec = gelora_plugins.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in ("axolotl", "trl") else find_spec(name)
+        gelora_plugins, "find_spec", lambda name: None if name in ("axolotl", "trl") else find_spec(name)
     )
     for name in ("GeLoRAPlugin", "GeLoRASFTTrainer"):
         monkeypatch.delitem(vars(gelora_plugins), name, raising=False)
