@@ -58,6 +58,9 @@ def compare(
         float | None, typer.Option(help="Learning rate of the head; chosen once if not given, 0: the adapter's.")
     ] = None,
     bf16: Annotated[bool, typer.Option(help="Train and score in bfloat16 mixed precision.")] = False,
+    load_in_4bit: Annotated[
+        bool, typer.Option(help="Pretrained weights in 4 bits, as in QLoRA; needs bitsandbytes.")
+    ] = False,
     epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens of a row; what is longer is cut there.")] = 128,
@@ -88,6 +91,7 @@ def compare(
     settings = replace(settings, grid=listed(grid, int), seeds=seeds, rates=listed(rates, float))
     settings = replace(settings, rate_seeds=rate_seeds, head_rate=head_rate, rows_per_seed=rows_per_seed, epochs=epochs)
     settings = replace(settings, batch_size=batch_size, margin=margin, bf16=bf16, headroom=headroom)
+    settings = replace(settings, load_in_4bit=load_in_4bit or None)
     sizes: dict[str, Any] = {"max_length": max_length, "train_rows": train_rows, "test_rows": test_rows}
     plans = _by_name(plan, RankPlan.load) if plan else None
     loaded = load_task(name or Path(data).name.lstrip(".").split(".")[0], task, data, test, metric=metric, **sizes)

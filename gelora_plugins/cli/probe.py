@@ -145,20 +145,17 @@ def _placed(device: str, device_map: str, load_in_4bit: bool) -> dict[str, Any]:
     """Arguments of `from_pretrained`: where the weights go, and in how many bits."""
     import torch
 
+    from gelora_plugins.probe.loading import accelerator, four_bits
+
     placed: dict[str, Any] = {}
     if device_map:
         if device != "auto":
             raise ConfigError(f"--device is {device!r} and --device-map is {device_map!r}; give one of them.")
         placed["device_map"] = device_map
     else:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        placed["device_map"] = {"": device if device != "auto" else "cpu" if accelerator is None else accelerator.type}
+        placed["device_map"] = {"": device if device != "auto" else accelerator()}
     if load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        placed["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        placed["quantization_config"] = four_bits(torch.bfloat16)
     return placed
 
 

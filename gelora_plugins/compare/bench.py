@@ -22,10 +22,22 @@ from gelora_plugins.findings.record import digest
 from gelora_plugins.layout import Linear, ModelLayout
 from gelora_plugins.methods.by_name import make_method
 from gelora_plugins.plugins import find_layout
+from gelora_plugins.probe.loading import accelerator, four_bits
 from gelora_plugins.ranks.plan import Site, layout_sites, named
 from gelora_plugins.report.versions import versions
 
-_TRAINING = ("rank", "lora_alpha", "target_modules", "epochs", "batch_size", "warmup", "bf16", "rows_per_seed")
+_TRAINING = (
+    "rank",
+    "lora_alpha",
+    "target_modules",
+    "epochs",
+    "batch_size",
+    "warmup",
+    "bf16",
+    "load_in_4bit",
+    "rows_per_seed",
+)
+HEADS = ("classifier", "score")  # what PEFT 0.21 trains beside the adapter of a SEQ_CLS model
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _VERSIONS = ("gelora", "torch", "transformers", "peft")
 
@@ -56,6 +68,7 @@ class Settings:
         epochs, batch_size, warmup: of every run; the rate rises over the share `warmup` of the steps, then falls
             linearly to 0.
         bf16: train and score in bfloat16 mixed precision. The weights, the probe and EVA stay in float32.
+        load_in_4bit: the pretrained weights are NF4, as in QLoRA; the head and the adapter are not. None: they are not.
         margin: two methods are called equal where their difference is, with 95 % confidence, no larger than this;
             hundredths of a score, or loss as it is. 0: only where all their scores are the same.
     """
@@ -75,6 +88,7 @@ class Settings:
     batch_size: int = 16
     warmup: float = 0.06
     bf16: bool = False
+    load_in_4bit: bool | None = None
     margin: float = 0.0
     rows_per_seed: int | None = None
 
@@ -97,6 +111,8 @@ class Settings:
             raise ConfigError(f"grid is {self.grid!r}; expected ranks of at least 1.")
         if self.headroom:
             self._check_headroom()
+        if self.load_in_4bit and "full" in self.methods:
+            raise ConfigError("load_in_4bit leaves no weights that full fine-tuning could train; leave out full.")
         if self.rows_per_seed is not None and self.rows_per_seed < 10:
             raise ConfigError(f"rows_per_seed is {self.rows_per_seed!r}; expected at least 10, or None.")
         if not 0 <= self.warmup < 1:
@@ -138,10 +154,17 @@ class Bench:
             raise ProbeError(f"rows_per_seed is {count:,}; expected at most the {rows:,} training rows of the task.")
 
     def load(self, seed: int) -> Any:
-        """The pretrained model with the task's head, in float32; a head that is not in it is drawn with `seed`."""
+        """The pretrained model with the task's head, in float32 or 4 bits, on the accelerator where there is one.
+
+        A head that is not in it is drawn with `seed`.
+        """
         import transformers
 
         options: dict[str, Any] = {"dtype": torch.float32}
+        if self.settings.load_in_4bit:
+            options["device_map"] = {"": accelerator()}
+            compute = torch.bfloat16 if self.settings.bf16 else torch.float32
+            options["quantization_config"] = four_bits(compute, None if self.task.kind == "causal-lm" else HEADS)
         if self.task.kind == "causal-lm":
             loader = transformers.AutoModelForCausalLM
         else:
@@ -156,7 +179,7 @@ class Bench:
         except (OSError, ValueError) as error:
             raise ProbeError(f"{self.model} cannot be loaded: {str(error).splitlines()[0]}") from error
         model.config.pad_token_id = self.collator.pad
-        return model
+        return model if self.settings.load_in_4bit else model.to(accelerator())
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -211,8 +234,8 @@ class Bench:
         sha = hashlib.sha256()
         for name, value in sorted(model.state_dict().items()):
             sha.update(name.encode())
-            sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return find_layout(model), sum(p.numel() for p in model.parameters()), sha.hexdigest()
+            sha.update(value.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        return find_layout(model), model.num_parameters(), sha.hexdigest()
 
     @property
     def layout(self) -> ModelLayout:
@@ -273,10 +296,7 @@ def _check_method(text: str) -> None:
 
 def device() -> str:
     """What the Trainer trains on: the name of a CUDA device, else the kind of accelerator, or cpu."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if accelerator is None else accelerator.type
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else accelerator()
 
 
 def reset_peak_memory() -> None:

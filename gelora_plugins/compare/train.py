@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from gelora_plugins.compare.allocations import lora
-from gelora_plugins.compare.bench import Bench, peak_memory, quiet, reset_peak_memory
+from gelora_plugins.compare.bench import HEADS, Bench, peak_memory, quiet, reset_peak_memory
 from gelora_plugins.compare.scoring import constant_loss, evaluate
 from gelora_plugins.compare.task import split_fifth
 from gelora_plugins.errors import PlanError
@@ -30,7 +30,6 @@ from gelora_plugins.methods.base import TrainingMethod
 from gelora_plugins.methods.by_name import make_method
 
 PLAIN = ("lora", "eva", "full")  # what needs no training method
-HEADS = ("classifier", "score")  # what PEFT 0.21 trains beside the adapter of a SEQ_CLS model
 RHO = 2.0  # EVA may give a module up to this many times its even share; the best value of its paper
 EVA_ROUNDS = 5
 logger = logging.getLogger(__name__)

@@ -98,9 +98,11 @@ def settings_line(experiment: Mapping[str, Any], searched: bool) -> str:
     task, settings = experiment["task"], experiment["settings"]
     drawn, rates = settings.get("rows_per_seed"), ", ".join(f"{rate:g}" for rate in settings["rates"])
     rows = f"{task['train_rows']:,}" if drawn is None else f"for each seed {drawn:,} of {task['train_rows']:,}"
+    bits = " in 4 bits" if settings.get("load_in_4bit") else ""
+    begin = "rates searched for from" if searched else "rates"
     return (
-        f"{experiment['model']}, {rows} training rows, {task['test_rows']:,} test rows, {settings['seeds']} seeds, "
-        f"{settings['epochs']} epochs, {'rates searched for from' if searched else 'rates'} {rates}."
+        f"{experiment['model']}{bits}, {rows} training rows, {task['test_rows']:,} test rows, "
+        f"{settings['seeds']} seeds, {settings['epochs']} epochs, {begin} {rates}."
     )
 
 
