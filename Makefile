@@ -17,7 +17,7 @@ METHODS := lora,adalora,beamlora,cola,diffora,flat_lora,lora_pro,rm_lora,sora sh
 TEST := lint types docs unit integration faults e2e
 REST := pip axolotl-0.19 axolotl-0.21
 
-.PHONY: demo compare-small compare-methods test test-all test-perturbed $(TEST) $(REST) mutants environment lock clean
+.PHONY: demo compare-small compare-methods test test-all test-perturbed $(TEST) $(REST) mutants screenshots environment lock clean
 demo: environment
 	$(MAIN)/bin/gelora demo
 
@@ -52,6 +52,11 @@ compare-methods: environment
 mutants: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/mutmut run --max-children $(CORES)
 	$(MAIN)/bin/python -m benchmarks.mutants
+
+# The pictures of docs/, by a Chromium that is installed, and what axe-core says of the pages.
+screenshots: environment
+	VIRTUAL_ENV=$(CURDIR)/$(MAIN) $(MAIN)/bin/uv run --quiet --no-project --with playwright,axe-playwright-python,nbconvert \
+	  python benchmarks/screenshots.py
 
 environment:
 	@$(PYTHON3) .ci/environments.py main

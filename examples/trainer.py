@@ -24,6 +24,7 @@ parser.add_argument("--data", help="default: passages of Python's own documentat
 parser.add_argument("--output", default="out/trainer")
 parser.add_argument("--samples", type=int, default=1024, help="documents to measure on")
 parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--report-to", default="none", help="tensorboard, wandb, trackio, mlflow, ...")
 options = parser.parse_args()
 
 path = options.model or smollm2()
@@ -47,7 +48,7 @@ trainer = Trainer(
         per_device_train_batch_size=2,
         learning_rate=1e-3,
         logging_steps=1,
-        report_to="none",
+        report_to=options.report_to,
     ),
     train_dataset=dataset,
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
