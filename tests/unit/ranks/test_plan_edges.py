@@ -7,7 +7,7 @@ import pytest
 from gelora_plugins import json_files
 from gelora_plugins.config import GeLoRAConfig
 from gelora_plugins.errors import PlanError
-from gelora_plugins.ranks.plan import MAX_RANK, RankPlan
+from gelora_plugins.ranks.plan import MAX_RANK, RankPlan, named
 from gelora_plugins.ranks.planning import make_plan as make
 from tests.support.plans import make_plan
 
@@ -25,6 +25,32 @@ def test_the_largest_numbers_are_taken_and_the_next_are_not() -> None:
     ):
         with pytest.raises(PlanError):
             replace(PLAN, **change)
+
+
+OPTIONS = {
+    "policy": "budget",
+    "rounding": "floor",
+    "min_rank": 2,
+    "scaling": "equal_step",
+    "rank": 3,
+    "estimator": "twonn_mle",
+    "pooling": "mean",
+    "probe_seed": 0,
+    "standardise": False,
+    "target_std_error": None,
+}
+
+
+def test_what_the_ranks_follow_is_named_as_the_options_are() -> None:
+    plan = make(make_plan().profile, GeLoRAConfig(**OPTIONS), make_plan().sites, 8, lora_alpha=16.0)
+    assert plan.followed() == {**(plan.profile.options or {}), **OPTIONS}
+
+
+def test_modules_are_named_by_the_ends_of_their_paths() -> None:
+    assert named("all-linear")("anything.at.all")
+    ends = named(" q_proj,mlp.down_proj ")
+    assert [ends(path) for path in ("q_proj", "h.0.q_proj", "h.0.mlp.down_proj")] == [True] * 3
+    assert [ends(path) for path in ("h.0.xq_proj", "h.0.q_proj.x", "h.0.down_proj", "all-linear")] == [False] * 4
 
 
 def test_two_sites_of_one_name_are_refused() -> None:
