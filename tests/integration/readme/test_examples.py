@@ -1,7 +1,6 @@
 """examples/*.py of loops and other frameworks. Frameworks that are no dependency are stand-ins, which do with what an
 example gives them what the framework does, as it was read there; docs/frameworks/ say with which versions each ran."""
 
-import ast
 import json
 import runpy
 import sys
@@ -16,7 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
-import gelora_plugins
 from gelora_plugins import GeLoRACallback, RankPlan
 from gelora_plugins.demo import MODEL
 from tests.integration.readme.test_snippets import blocks
@@ -32,6 +30,13 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     return runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def run_page(page: str, **known: Any) -> dict[str, Any]:
+    """What the code of docs/frameworks/PAGE.md, which is marked as `py`, makes of what it takes for granted."""
+    for line, code in blocks(ROOT / "docs" / "frameworks" / f"{page}.md", "py"):
+        exec(compile("\n" * line + code, f"{page}.md", "exec"), known)
+    return known
 
 
 @pytest.fixture
@@ -87,9 +92,16 @@ def test_lightning(workplace: Path, data: str, monkeypatch: pytest.MonkeyPatch, 
                 model.training_step(batch, index).backward()
                 optimizer.step()
 
-    module("lightning", LightningModule=LightningModule, Trainer=Trainer)
-    run(monkeypatch, "lightning_loop.py", "--model", MODEL, "--data", data, "--steps", "2")
+    lightning = module("lightning", LightningModule=LightningModule, Trainer=Trainer)
+    script = run(monkeypatch, "lightning_loop.py", "--model", MODEL, "--data", data, "--steps", "2")
     check_adapter(workplace / "out" / "lightning")
+
+    names = ("LoraConfig", "select_ranks", "get_peft_model", "with_plan", "batches")
+    given = {"model": AutoModelForCausalLM.from_pretrained(MODEL), "train_dataset": script["dataset"]}
+    made = run_page(
+        "lightning", lightning=lightning, YourModule=script["Module"], **{name: script[name] for name in names}, **given
+    )
+    assert ranks_by_block(PeftModel.from_pretrained(build("llama"), "adapter")) == list(made["plan"].ranks)
 
 
 def test_unsloth(workplace: Path, data: str, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
@@ -108,6 +120,7 @@ def test_unsloth(workplace: Path, data: str, monkeypatch: pytest.MonkeyPatch, mo
     plan_for(build("llama"), (2, 12, 5), LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS)).save("plan.json")
     run(monkeypatch, "unsloth_sft.py", data)
     check_adapter(workplace / "out" / "unsloth")
+    assert ranks_by_block(run_page("unsloth")["model"]) == [2, 12, 5]
 
 
 def on_this_machine() -> Any:
@@ -121,13 +134,17 @@ def test_llama_factory(workplace: Path, monkeypatch: pytest.MonkeyPatch, module:
     given: dict[str, Any] = {}
     module("llamafactory.train.tuner", run_exp=lambda **arguments: given.update(arguments))
     run(monkeypatch, "llama_factory.py", "config.yaml")
-    check_callback(workplace, *given["callbacks"])
+    check_callback(workplace, *given.pop("callbacks"))
+    run_page("llama-factory")
+    check_callback(workplace / "page", *given["callbacks"])
 
 
 def test_ms_swift(workplace: Path, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     swift = module("swift.callbacks", callbacks_map={})
     run(monkeypatch, "ms_swift.py")
-    check_callback(workplace, swift.callbacks_map["gelora"]("arguments", "trainer"))
+    check_callback(workplace, swift.callbacks_map.pop("gelora")("arguments", "trainer"))
+    run_page("ms-swift")
+    check_callback(workplace / "page", swift.callbacks_map["gelora"]("arguments", "trainer"))
 
 
 def check_callback(directory: Path, callback: GeLoRACallback) -> None:
@@ -139,15 +156,6 @@ def check_callback(directory: Path, callback: GeLoRACallback) -> None:
     assert ranks_by_block(trainer.model) == list(plan.ranks)
 
 
-def test_code_of_frameworks_that_are_not_installed_asks_gelora_for_what_it_has() -> None:
-    """Pages mark it as `py`; what is marked as `python` runs, in test_snippets.py."""
-    found = [ast.parse(code) for page in PAGES for _, code in blocks(page, "py")]
-    names = [
-        alias.name
-        for tree in found
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "gelora_plugins"
-        for alias in node.names
-    ]
-    assert len(found) == 4
-    assert set(names) <= set(gelora_plugins.__all__)
+def test_every_page_of_a_framework_that_is_not_installed_is_run_above() -> None:
+    """What is marked as `python` runs in test_snippets.py."""
+    assert {page.stem for page in PAGES if blocks(page, "py")} == {"lightning", "unsloth", "llama-factory", "ms-swift"}

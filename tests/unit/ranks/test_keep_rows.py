@@ -63,6 +63,8 @@ def test_what_is_left_is_the_same_function_live_and_loaded(tmp_path, options):
         assert layer.r["default"] == len(a.weight) == b.weight.shape[1] == a.out_features == b.in_features == kept
         assert layer.scaling["default"] == scalings[name]
     assert len({layer.r["default"] for layer in layers(model).values()}) > 1
+    alphas = [layer.lora_alpha["default"] for layer in layers(model).values()]
+    assert [type(alpha) for alpha in alphas] == [int if alpha == int(alpha) else float for alpha in alphas]
     torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)  # sums of other lengths
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("llama"), tmp_path)
