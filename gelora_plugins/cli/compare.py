@@ -72,7 +72,9 @@ def compare(
     margin: Annotated[
         float, typer.Option(help="Methods are equal where they differ by no more, with 95 % confidence; in hundredths.")
     ] = 0.0,
-    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at the same time, on the device that the Trainer takes (CUDA_VISIBLE_DEVICES).")
+    ] = 1,
     quiet: Quiet = False,
 ) -> None:
     """Compare: allocations of ranks, and ways of training them, at equal parameters, on your model and data."""

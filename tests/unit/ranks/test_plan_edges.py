@@ -46,6 +46,12 @@ def test_what_the_ranks_follow_is_named_as_the_options_are() -> None:
     assert plan.followed() == {**(plan.profile.options or {}), **OPTIONS}
 
 
+@pytest.mark.parametrize("policy", ["gelora", "budget", "uniform"])
+def test_no_plan_is_made_of_no_sites(policy: str) -> None:
+    with pytest.raises(PlanError, match="0 ranks for 0 sites"):
+        make(make_plan().profile, GeLoRAConfig(policy=policy), (), 8, lora_alpha=16.0)
+
+
 def test_modules_are_named_by_the_ends_of_their_paths() -> None:
     assert named("all-linear")("anything.at.all")
     ends = named(" q_proj,mlp.down_proj ")
