@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "gelora/"
 MEAN_RANK = f"{PREFIX}mean_rank"
 TABLE, PICTURE = f"{PREFIX}plan", f"{PREFIX}picture"
+TAKE_PICTURES = (TensorBoardCallback, WandbCallback, TrackioCallback, MLflowCallback)
 
 
 class Planned(Protocol):
@@ -81,8 +82,9 @@ def _show_in_trackers(callbacks: Sequence[TrainerCallback], plan: RankPlan) -> N
 
     The Trainer's own `log` takes numbers only, so these go to the handles that the callbacks keep (transformers 5.23).
     """
-    picture = pixels(plan) if importlib.util.find_spec("matplotlib") is not None else None
-    for callback in callbacks:
+    taking = [callback for callback in callbacks if isinstance(callback, TAKE_PICTURES)]
+    picture = pixels(plan) if taking and importlib.util.find_spec("matplotlib") is not None else None
+    for callback in taking:
         match callback:
             case TensorBoardCallback(tb_writer=writer) if writer is not None:
                 writer.add_text(TABLE, RankReport(plan).to_markdown(), 0)
