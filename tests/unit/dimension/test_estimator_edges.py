@@ -54,3 +54,13 @@ def test_a_half_without_a_dimension_leaves_no_error(monkeypatch: pytest.MonkeyPa
     found = estimators.NeighbourEstimator(2, from_distances)(gaussian(200))
     assert (found.std_error, found.interval, found.replicates) == (None, None, ())
     assert found.value == pytest.approx(twonn_mle(gaussian(200)).value)
+
+
+def test_a_dimension_of_0_is_none() -> None:
+    flat = estimators.NeighbourEstimator(2, lambda distances: torch.zeros(distances.shape[:-2], dtype=torch.float64))
+    with pytest.raises(DimensionError, match="equally far"):
+        flat(gaussian(200))
+
+
+def test_gride_looks_at_twice_as_many_neighbours_as_its_scale() -> None:
+    assert [estimators.gride_at(scale).num_neighbours for scale in (1, 2, 8)] == [2, 4, 16]

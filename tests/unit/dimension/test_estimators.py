@@ -186,6 +186,9 @@ def test_the_standard_error_and_the_interval_follow_from_the_halves(estimator):
     estimate = estimator(points)
     of_halves = [estimator(points[half]).value for half in halves(400, 0)]
     assert estimate.std_error == pytest.approx(math.sqrt(VARIANCE_FACTOR) * statistics.stdev(of_halves), rel=1e-3)
+    mean = statistics.fmean(of_halves)
+    expected = [estimate.value + math.sqrt(VARIANCE_FACTOR) * (value - mean) for value in of_halves]
+    assert estimate.replicates == pytest.approx(expected, rel=1e-2)  # few points have no list long enough
     assert statistics.stdev(estimate.replicates) == pytest.approx(estimate.std_error, rel=1e-4)
     assert statistics.fmean(estimate.replicates) == pytest.approx(estimate.value, rel=1e-5)
     factor = math.exp(1.96 * estimate.std_error / estimate.value)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from torch import nn
 
 from gelora_plugins.errors import ApplyError, LayoutError
 from gelora_plugins.ranks.adapter import apply_plan
@@ -31,6 +32,39 @@ def test_a_model_without_an_adapter_has_none():
     assert str(caught.value) == (
         "The model has no LoRA adapter; expected one to give ranks to. Wrap it with get_peft_model(model, "
         "LoraConfig(...)), or pass GeLoRACallback(lora_config=LoraConfig(...)); with TRL pass peft_config."
+    )
+
+
+def test_the_adapter_of_a_compiled_model_is_that_of_the_model():
+    model = peft_model()
+    assert find_adapter(torch.compile(model)).model is model
+
+
+def test_what_a_peft_model_holds_is_refused_with_the_way_out():
+    bases = (build("llama"), nn.ModuleDict({"linear": nn.Linear(2, 2)}))
+    for base, target in zip(bases, ("q_proj", "linear"), strict=True):
+        get_peft_model(base, LoraConfig(target_modules=[target]))
+        with pytest.raises(ApplyError) as caught:
+            find_adapter(base)
+        assert str(caught.value) == (
+            f"This {type(base).__name__} was given to get_peft_model before, which puts the adapter into the model "
+            "itself (PEFT 0.21), or to a Trainer with GeLoRACallback(lora_config=...). Pass the PeftModel that came of "
+            "it (trainer.model), or load the model again."
+        )
+
+
+def test_an_adapter_inside_a_module_of_ones_own_is_refused_with_its_place():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = peft_model()
+
+    with pytest.raises(ApplyError) as caught:
+        require_adapter(Around())
+    assert str(caught.value) == (
+        "The adapter is on `inner` of Around, a module around a PeftModel, which GeLoRA does not look into. Give it "
+        "its ranks before: plan = select_ranks(model.inner, rows); apply_plan(model.inner, plan); then train without "
+        "GeLoRACallback."
     )
 
 

@@ -17,10 +17,13 @@ PLAN = make_plan(ranks=(1, 2, 4, 8, 8, 8))
 def test_the_largest_numbers_are_taken_and_the_next_are_not() -> None:
     largest = replace(PLAN, base_rank=MAX_RANK, lora_alpha=json_files.MAX_INT, min_rank=MAX_RANK, ranks=(MAX_RANK,) * 6)
     assert largest.ranks[0] == MAX_RANK
+    assert [replace(PLAN, total_rank=rank).total_rank for rank in (1, MAX_RANK)] == [1, MAX_RANK]
     for change in (
         {"base_rank": MAX_RANK + 1},
         {"lora_alpha": 2 * json_files.MAX_INT},
         {"min_rank": MAX_RANK + 1},
+        {"total_rank": 0},
+        {"total_rank": MAX_RANK + 1},
         {"ranks": (MAX_RANK + 1,) * 6},
     ):
         with pytest.raises(PlanError):
