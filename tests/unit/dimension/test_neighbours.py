@@ -273,5 +273,10 @@ def test_two_points_have_no_second_neighbour():
 def test_points_that_are_not_finite_are_an_error(value):
     points = gaussian(60, 5)
     points[3, 2] = value
-    with pytest.raises(DimensionError, match="Some points are not finite; expected finite points"):
+    with pytest.raises(DimensionError, match=r"^Some points are not finite; expected finite points\.$"):
         neighbour_distances(points)
+
+
+def test_the_bound_of_a_product_is_highams_with_eight_roundings_more():
+    assert neighbours._error_bound(92, torch.float32) == 100 * 2**-24 / (1 - 100 * 2**-24)
+    assert neighbours._error_bound(92, torch.float64) == 100 * 2**-53 / (1 - 100 * 2**-53)

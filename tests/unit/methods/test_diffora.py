@@ -82,7 +82,12 @@ def test_the_adapter_is_taken_off_the_others_and_the_names_are_those_that_are_le
     trainer.train()
     left = [name.removeprefix("base_model.model.") for name in layers(trainer.model)]
     assert [name.split(".")[2] for name in left] == ["0", "0", "1", "1", "2", "2"]  # two of three in each block
-    assert trainer.model.peft_config["default"].target_modules == set(left)
+    config = trainer.model.peft_config["default"]
+    assert config.target_modules == set(left)
+    assert [config.layers_to_transform, config.layers_pattern, config.exclude_modules] == [None] * 3
+    found = dict(trainer.model.get_base_model().named_modules())
+    gone = {name: found[name] for name in (f"model.layers.{i}.self_attn.{p}_proj" for i in range(3) for p in "qkvo")}
+    assert {type(module) for name, module in gone.items() if name not in left} == {torch.nn.Linear}
     assert not any(
         "lora_" in n for n, _ in trainer.model.named_parameters() if n.partition(".lora_")[0][17:] not in left
     )

@@ -37,6 +37,7 @@ def test_a_plan_is_a_table_of_its_ranks():
         (site.name, str(rank), f"{56 * rank}") for site, rank in zip(plan.sites, plan.ranks, strict=True)
     ]
     assert shown(plan).texts("caption") == [str(plan).splitlines()[0]]
+    assert shown(plan).texts("th", scope="col") == ["block", "rank", "parameters"]
 
 
 def test_a_profile_is_a_table_of_its_dimensions():
