@@ -1,5 +1,6 @@
 """The README and docs/: generated parts are as they are made, links lead somewhere, here and elsewhere."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -87,3 +88,13 @@ def test_every_public_name_is_in_the_documentation() -> None:
     assert sorted(re.findall(r"^::: gelora_plugins\.(\w+)$", documented, re.MULTILINE)) == sorted(
         gelora_plugins.__all__
     )
+
+
+def test_the_mutants_that_no_test_notices_are_counted_and_each_has_its_reason() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "mutants.json").read_text(encoding="utf-8"))
+    survivors = [survivor for module in found["modules"].values() for survivor in module["survivors"]]
+    assert [survivor for survivor in survivors if not survivor["reason"]] == []
+    assert len(survivors) == found["mutants"] - found["killed"]
+    said = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"{found['killed']:,} of {found['mutants']:,} changes were noticed" in said
+    assert f"Each of the other {len(survivors)} stands" in said
