@@ -1,6 +1,6 @@
 """Processes of one group (DDP, gloo): they share the measurement, have one plan, train alike, and end together.
 
-tests/e2e/test_trl_smollm2.py starts such processes with torchrun.
+`run_together` makes what torchrun makes: the environment of each process and the store of the group.
 """
 
 import json
