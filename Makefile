@@ -48,7 +48,7 @@ compare-methods: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 64 --test-rows 100 --seeds 3 \
 	  --rate-seeds 3 --allocations uniform --methods "$(METHODS)" --jobs $(CORES) --output compare-methods
 
-# Which changes of the engine's code no test notices (about two hours); the answer is in benchmarks/results/mutants.json.
+# Which changes of the engine's code no test notices (an hour or two); the answer is in benchmarks/results/mutants.json.
 mutants: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/mutmut run --max-children $(CORES)
 	$(MAIN)/bin/python -m benchmarks.mutants

@@ -53,12 +53,15 @@ def main() -> int:
         for name, html in {**ours, **others}.items():
             file = Path(directory, f"{name}.html")
             file.write_text(html, encoding="utf-8")
-            take(opened(browser, file.as_uri(), name, WIDTH), name)
+            page = empty(browser, name, WIDTH)
+            page.goto(file.as_uri())
+            take(page, name)
             for width in (WIDTH, PHONE) if name in ours else ():
                 for scheme in ("light", "dark"):
                     wrong += complaints(browser, file.as_uri(), name, width, scheme)
         with tensorboard(Path(directory)):
-            page = opened(browser, f"http://{BOARD}/#timeseries", "tensorboard", 1200)
+            page = empty(browser, "tensorboard", 1200)
+            page.goto(f"http://{BOARD}/#timeseries")
             page.get_by_text("gelora/picture").first.wait_for()
             time.sleep(5)  # its cards fade in
             take(page, "tensorboard")
@@ -66,14 +69,13 @@ def main() -> int:
     return bool(wrong)
 
 
-def opened(browser: Browser, address: str, name: str, width: int, scheme: str = "light") -> Page:
-    """A page of `browser`, as wide and in the scheme that is asked for."""
-    page = browser.new_page(viewport={"width": width, "height": HEIGHTS[name]}, color_scheme=scheme)
-    page.goto(address)
-    return page
+def empty(browser: Browser, name: str, width: int, scheme: str = "light") -> Page:
+    """A page of `browser` for the picture `name`, as wide and in the scheme that is asked for."""
+    return browser.new_page(viewport={"width": width, "height": HEIGHTS[name]}, color_scheme=scheme)
 
 
 def take(page: Page, name: str) -> None:
+    """Save what the page shows as the picture `name`."""
     page.screenshot(path=RESULTS / f"{name}.png")
     print(f"-> {RESULTS / name}.png")
 
@@ -81,7 +83,7 @@ def take(page: Page, name: str) -> None:
 def complaints(browser: Browser, address: str, name: str, width: int, scheme: str) -> list[str]:
     """What axe-core, and the console, say of a page, one line each."""
     context = f"{name}.html, {scheme}, {width} pixels wide"
-    page = browser.new_page(viewport={"width": width, "height": HEIGHTS[name]}, color_scheme=scheme)
+    page = empty(browser, name, width, scheme)
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: said.append(str(error)))

@@ -171,45 +171,6 @@ def test_script_and_command_save_the_same_planned_ranks(
     check_same(again, plan)
 
 
-def test_packed_documents_have_the_profile_of_unpacked_ones(files: dict[str, Path], tmp_path: Path) -> None:
-    config = GeLoRAConfig(probe_samples=SAMPLES + 8)
-    profiles = {}
-    for name, options in {"unpacked": {}, "packed": {"packing": True, "max_length": 128}}.items():
-        trainer = trainer_for(files["text"], tmp_path / name, **options)
-        assert (len(trainer.train_dataset) < SAMPLES / 2) == (name == "packed")
-        profiles[name] = select_ranks(trainer.model, trainer.train_dataset, config, progress=False).profile
-    packed, unpacked = profiles["packed"], profiles["unpacked"]
-    assert packed.num_documents == unpacked.num_documents == SAMPLES + 8
-    assert packed.num_tokens == unpacked.num_tokens
-    for one, other in zip(packed.estimates, unpacked.estimates, strict=True):
-        assert one.value == pytest.approx(other.value, abs=1e-3)
-
-
-def test_qlora_keeps_dtype_and_base_and_moves_every_matrix(files: dict[str, Path], tmp_path: Path) -> None:
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    trainer = trainer_for(files["prompt-completion"], tmp_path, quantization)
-    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if ".lora_" in name}
-    base = {name: p.clone() for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
-    assert set(dtypes.values()) == {torch.bfloat16}  # trl 1.16 makes it so for quantised models
-    assert len(base) == 210
-    start: dict[str, torch.Tensor] = {}
-    make_optimizer = trainer.create_optimizer
-
-    def remember(*args: Any, **kwargs: Any) -> Any:
-        start.update({name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".lora_" in name})
-        return make_optimizer(*args, **kwargs)
-
-    trainer.create_optimizer = remember  # by then the ranks are as planned, and nothing has been trained
-    trainer.train()
-    trainer.save_model()
-    check_ranks(tmp_path, plan_of(tmp_path))
-    after = dict(trainer.model.named_parameters())
-    assert {name: after[name].dtype for name in dtypes} == dtypes
-    assert len(start) == 420
-    assert not [name for name, tensor in start.items() if torch.equal(tensor, after[name])]
-    assert not [name for name, tensor in base.items() if not torch.equal(tensor, after[name])]
-
-
 def test_killed_run_resumes_with_its_ranks(
     files: dict[str, Path], script: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -247,6 +208,45 @@ def is_json(path: Path) -> bool:
         return bool(json.loads(path.read_text()))
     except (OSError, ValueError):
         return False
+
+
+def test_packed_documents_have_the_profile_of_unpacked_ones(files: dict[str, Path], tmp_path: Path) -> None:
+    config = GeLoRAConfig(probe_samples=SAMPLES + 8)
+    profiles = {}
+    for name, options in {"unpacked": {}, "packed": {"packing": True, "max_length": 128}}.items():
+        trainer = trainer_for(files["text"], tmp_path / name, **options)
+        assert (len(trainer.train_dataset) < SAMPLES / 2) == (name == "packed")
+        profiles[name] = select_ranks(trainer.model, trainer.train_dataset, config, progress=False).profile
+    packed, unpacked = profiles["packed"], profiles["unpacked"]
+    assert packed.num_documents == unpacked.num_documents == SAMPLES + 8
+    assert packed.num_tokens == unpacked.num_tokens
+    for one, other in zip(packed.estimates, unpacked.estimates, strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-3)
+
+
+def test_qlora_keeps_dtype_and_base_and_moves_every_matrix(files: dict[str, Path], tmp_path: Path) -> None:
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    trainer = trainer_for(files["prompt-completion"], tmp_path, quantization)
+    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if ".lora_" in name}
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
+    assert set(dtypes.values()) == {torch.bfloat16}  # trl 1.16 makes it so for quantised models
+    assert len(base) == 210
+    start: dict[str, torch.Tensor] = {}
+    make_optimizer = trainer.create_optimizer
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        start.update({name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".lora_" in name})
+        return make_optimizer(*args, **kwargs)
+
+    trainer.create_optimizer = remember  # by then the ranks are as planned, and nothing has been trained
+    trainer.train()
+    trainer.save_model()
+    check_ranks(tmp_path, plan_of(tmp_path))
+    after = dict(trainer.model.named_parameters())
+    assert {name: after[name].dtype for name in dtypes} == dtypes
+    assert len(start) == 420
+    assert not [name for name, tensor in start.items() if torch.equal(tensor, after[name])]
+    assert not [name for name, tensor in base.items() if not torch.equal(tensor, after[name])]
 
 
 @pytest.mark.parametrize("example", ["trl_sft.py", "trainer.py"])
