@@ -1,12 +1,13 @@
 """How often a method is told apart from itself with its nominal rates shifted: python -m benchmarks.statistics.null
 
+
 A simulation: no model is trained. The loss is a parabola over the logarithm of the rate up to a cliff, as measured on
 `docstrings`: 0.1 above its lowest at a factor of 1.8, and the score falls by 48 points where the loss rises by 1. The
-protocol of `gelora compare` now stands beside that of loss alone, where held-out scores do not decide between rates
-whose losses cannot be told apart, and that of before: a grid of factor 3, one seed, the score of a fifth of the rows,
-the interval at the two chosen rates alone. PREREGISTRATION.md says what is expected. Then, how often a method that is
-truly better by some points is told apart. Last, how near the chosen rate comes to that of the highest score, where this
-is twice the rate of the lowest loss, and the loss ten times as flat.
+protocol of `gelora compare` now stands beside that of before: a grid of factor 3, one seed, the score of a fifth of the
+rows, the interval at the two chosen rates alone; and that of loss alone, where held-out scores do not decide between rates whose
+losses cannot be told apart. PREREGISTRATION.md says what is expected. Last, how often a method that is truly better by some
+points is told apart; and, where the loss is ten times as flat and the score is highest at twice the rate of the lowest loss, how
+near the chosen rate comes to that of the score.
 """
 
 import argparse

@@ -96,9 +96,9 @@ def _chosen(
     """(the rate to take, those that could as well have been taken where there are scores, `Choice.why`).
 
     The rate is the one with the lowest loss, see `_fitted`; with scores, the one with the highest mean score (of equals
-    the lowest) among those that have the lowest loss in some resamples. Next to a cliff it is the one below, unless
-    that is worse by more than one standard error of the paired differences: a rate that learned with these seeds may
-    diverge with others, where its neighbour did with these.
+    the lowest) among those that have the lowest loss in some resamples. Next to a cliff it is the one below, unless that
+    is worse by more than one standard error of the paired differences: a rate that learned with these seeds may diverge
+    with others, where its neighbour did with these.
     """
     rate, cliff, tried = _best(found, seeds), _cliff(found), sorted(found)
     if rate is None or not _learned(found[rate]):
