@@ -8,9 +8,6 @@ side. The best is tried with a second seed, and so are its neighbours and the ge
 within FACTOR. Then the best and its neighbours get all seeds. At each level, a neighbour that turns out to be the best
 gets neighbours of its own. Last, one seed goes up to where it diverges: methods differ in that, too. A seed is the same
 rows and the same draws for every rate, so rates are compared in pairs.
-
-Losses can be flat where scores are not. So where there are `scores` by rate and by seed, the highest mean score decides
-between the rates whose losses cannot be told from the lowest.
 """
 
 from __future__ import annotations
@@ -55,21 +52,20 @@ class Choice:
     why: str = ""
 
 
-def next_runs(
-    found: Found, grid: Sequence[float], seeds: Sequence[int], scores: Found | None = None
-) -> list[tuple[float, int]]:
+def next_runs(found: Found, grid: Sequence[float], seeds: Sequence[int]) -> list[tuple[float, int]]:
     """The (rate, seed) to run next, all at the same time; empty where the search has ended."""
     for count, factor in ((1, math.inf), (min(2, len(seeds)), FACTOR), (len(seeds), FACTOR)):
         runs = _missing(found, _wanted(found, grid, seeds[:count], factor), seeds[:count])
         if runs:
             return runs
-    rate, _, _ = _chosen(found, seeds, scores)
+    rate, _ = _chosen(found, seeds)
     return [] if rate is None else _missing(found, _neighbours(found, rate, grid, FACTOR), seeds)
 
 
 def cliff_runs(found: Found, grid: Sequence[float], seeds: Sequence[int]) -> list[tuple[float, int]]:
     """The (rate, seed) to run next, after a search has ended, to find where runs diverge: one seed, to TO_CLIFF."""
-    if _chosen(found, seeds)[0] is None:
+    rate, _ = _chosen(found, seeds)
+    if rate is None:
         return []
     cliff = _cliff(found)
     if cliff is None:
@@ -78,54 +74,34 @@ def cliff_runs(found: Found, grid: Sequence[float], seeds: Sequence[int]) -> lis
     return [(rounded(math.sqrt(stable * cliff)), seeds[0])] if cliff / stable > TO_CLIFF else []
 
 
-def choose(found: Found, seeds: Sequence[int], scores: Found | None = None) -> Choice:
+def choose(found: Found, seeds: Sequence[int]) -> Choice:
     """What a search that has ended comes to."""
-    rate, could_be, why = _chosen(found, seeds, scores)
+    rate, why = _chosen(found, seeds)
     if rate is None:
         return Choice(None, why=why)
     cliff, tried = _cliff(found), sorted(found)
-    near = _near(found, rate, seeds)
-    as_good = _as_good(found, rate, near, seeds) if scores is None else tuple(r for r in near if r in could_be)
+    place = tried.index(rate)
+    beside = [tried[i] for i in (place - 1, place + 1) if 0 <= i < len(tried)]
+    near = tuple(other for other in beside if _whole(found, other, seeds) and (cliff is None or other < cliff))
     stable = max(r for r in tried if _learned(found[r]) and (cliff is None or r < cliff))
-    return Choice(rate, near, as_good, stable, cliff, rate in (tried[0], tried[-1]), why)
+    return Choice(rate, near, _as_good(found, rate, near, seeds), stable, cliff, len(beside) < 2, why)
 
 
-def _chosen(
-    found: Found, seeds: Sequence[int], scores: Found | None = None
-) -> tuple[float | None, frozenset[float], str]:
-    """(the rate to take, those that could as well have been taken where there are scores, `Choice.why`).
+def _chosen(found: Found, seeds: Sequence[int]) -> tuple[float | None, str]:
+    """(the rate with the lowest loss, see `_fitted`, or the one below where that is next to a cliff, `Choice.why`).
 
-    The rate is the one with the lowest loss, see `_fitted`; with scores, the one with the highest mean score (of equals
-    the lowest) among those that have the lowest loss in some resamples. Next to a cliff it is the one below, unless that
-    is worse by more than one standard error of the paired differences: a rate that learned with these seeds may diverge
-    with others, where its neighbour did with these.
+    The one below is taken unless it is worse by more than one standard error of the paired differences: a rate that
+    learned with these seeds may diverge with others, where its neighbour did with these.
     """
     rate, cliff, tried = _best(found, seeds), _cliff(found), sorted(found)
     if rate is None or not _learned(found[rate]):
-        return None, frozenset(), f"No rate from {tried[0]:g} to {tried[-1]:g} learned with every seed"
-    could_be, why = frozenset([rate]), ""
-    if scores is not None:
-        others = [r for r in tried if r != rate and _whole(found, r, seeds) and (cliff is None or r < cliff)]
-        others = others if len(seeds) > 1 else list(_near(found, rate, seeds))
-        could_be |= set(_as_good(found, rate, others, seeds))
-        lowest, rate = rate, max(sorted(could_be), key=lambda r: _mean(scores[r], seeds))
-        if rate != lowest:
-            why = f"{rate:g} has the higher score on the held-out rows, and a loss not told from that of {lowest:g}"
+        return None, f"No rate from {tried[0]:g} to {tried[-1]:g} learned with every seed"
     place = tried.index(rate)
     if cliff is not None and place and tried[place + 1] == cliff:
         below = tried[place - 1]
         if _whole(found, below, seeds) and not _worse([found[below][s] - found[rate][s] for s in seeds]):
-            why = f"{rate:g} is not better beyond noise, and next to {cliff:g}, where seeds diverge"
-            return below, could_be, why
-    return rate, could_be, why
-
-
-def _near(found: Found, rate: float, seeds: Sequence[int]) -> tuple[float, ...]:
-    """The neighbours of `rate` that were tried with all seeds and lie below the cliff."""
-    cliff, tried = _cliff(found), sorted(found)
-    place = tried.index(rate)
-    beside = (tried[i] for i in (place - 1, place + 1) if 0 <= i < len(tried))
-    return tuple(other for other in beside if _whole(found, other, seeds) and (cliff is None or other < cliff))
+            return below, f"{rate:g} is not better beyond noise, and next to {cliff:g}, where seeds diverge"
+    return rate, ""
 
 
 def _wanted(found: Found, grid: Sequence[float], seeds: Sequence[int], factor: float) -> list[float]:
@@ -242,14 +218,11 @@ def _worse(differences: Sequence[float]) -> bool:
 
 
 def _as_good(found: Found, rate: float, near: Sequence[float], seeds: Sequence[int]) -> tuple[float, ...]:
-    """Those of `near` that have the lowest loss in a share of the resamples of the seeds; all for one seed.
-
-    One that is further from `rate` than WINDOW is not among them.
-    """
+    """Those of `near` that have the lowest loss in a share of the resamples of the seeds; all for one seed."""
     if len(seeds) == 1:
         return tuple(near)
     rng, counts = random.Random(0), dict.fromkeys((rate, *near), 0)
     for _ in range(RESAMPLES):
         fitted = _fitted(found, rate, rng.choices(seeds, k=len(seeds)))
-        counts[min(counts, key=lambda other: fitted.get(other, math.inf))] += 1
+        counts[min(counts, key=fitted.__getitem__)] += 1
     return tuple(other for other in near if counts[other] >= SHARE * RESAMPLES)

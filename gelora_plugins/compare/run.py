@@ -135,7 +135,7 @@ def _train(bench: Bench, groups: Sequence[Group], facts: Mapping[str, Any], work
     with progress_bar(total=0, desc=task.name, unit="run", shown=progress) as bar:
         head_rate, head = _head(bench, record, workers, bar)
         facts = {**facts, "head": head}
-        trials = _trials(bench, groups, head_rate, record, workers, bar)
+        trials = _trials(groups, settings, head_rate, record, workers, bar)
         drawn = at_rates_of_uniform(groups, trials)
         json_files.write_json(path, _experiment(bench, groups, facts, [*trials, *drawn], record))
         judge(trials, settings.seeds, record, workers, bar)
@@ -161,15 +161,14 @@ def _head(bench: Bench, record: Record, workers: Trainers, bar: Any) -> tuple[fl
 
 
 def _trials(
-    bench: Bench, groups: Sequence[Group], head_rate: float | None, record: Record, workers: Trainers, bar: Any
+    groups: Sequence[Group], settings: Settings, head_rate: float | None, record: Record, workers: Trainers, bar: Any
 ) -> list[Trial]:
     """Every arm with its rate, but for those of random allocations."""
-    settings, by_score = bench.settings, bench.task.higher_is_better
     pairs = [(group.name, arm) for group in groups if not group.name.startswith(HEADROOM) for arm in group.arms]
     if len(settings.rates) == 1:
         return [Trial(group, arm, head_rate, None, None, settings.rates[0]) for group, arm in pairs]
     first = [Run(group, arm.name, arm.recipes[0], 0, 0.0, choosing=True, head_rate=head_rate) for group, arm in pairs]
-    searches = [Search(made, settings.rates, settings.rate_seeds, by_score=by_score) for made in first]
+    searches = [Search(made, settings.rates, settings.rate_seeds) for made in first]
     search_all(searches, record, workers, bar)
     trials = []
     for (group, arm), search in zip(pairs, searches, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -27,7 +26,6 @@ class Search:
         seeds: how many.
         of_head: whether it is the head's rate that is searched for.
         to_cliff: whether it goes up to where runs diverge.
-        by_score: whether held-out scores decide between rates whose losses cannot be told apart.
     """
 
     made: Run
@@ -35,52 +33,45 @@ class Search:
     seeds: int
     of_head: bool = False
     to_cliff: bool = True
-    by_score: bool = False
 
     def runs(self, record: Record) -> list[Run]:
         """What to train next; nothing where the search has ended, or its recipe failed."""
         if self.made.recipe in record.failures:
             return []
-        return [self._run(rate, seed) for rate, seed in self._next(*self._found(record))]
+        return [self._run(rate, seed) for rate, seed in self._next(self._found(record))]
 
     def done(self, record: Record) -> dict[float, list[str]]:
         """The keys of its runs that are recorded, by rate."""
-        found, _ = self._found(record)
+        found = self._found(record)
         return {rate: [self._run(rate, seed).key(record.identity) for seed in found[rate]] for rate in sorted(found)}
 
     def choice(self, record: Record) -> Choice | None:
         """What it came to; None where a run failed."""
-        if self.made.recipe in record.failures:
-            return None
-        found, scores = self._found(record)
-        return choose(found, self._seeds, scores)
+        return None if self.made.recipe in record.failures else choose(self._found(record), self._seeds)
 
     @property
     def _seeds(self) -> list[int]:
         return list(range(FIRST_SEED, FIRST_SEED + self.seeds))
 
-    def _next(self, found: Found, scores: Found | None) -> list[tuple[float, int]]:
-        runs = next_runs(found, self.grid, self._seeds, scores)
+    def _next(self, found: Found) -> list[tuple[float, int]]:
+        runs = next_runs(found, self.grid, self._seeds)
         return runs if runs or not self.to_cliff else cliff_runs(found, self.grid, self._seeds)
 
     def _run(self, rate: float, seed: int) -> Run:
         made = replace(self.made, seed=seed)
         return replace(made, head_rate=rate) if self.of_head else replace(made, rate=rate)
 
-    def _found(self, record: Record) -> tuple[Found, Found | None]:
-        """(losses, scores) of what is recorded, grown from the grid as the search itself would: no other's runs."""
+    def _found(self, record: Record) -> dict[float, dict[int, float]]:
+        """What is recorded, grown from the grid as the search itself would: what others tried is not taken."""
         found: dict[float, dict[int, float]] = {}
-        scores: dict[float, dict[int, float]] | None = {} if self.by_score else None
         while True:
-            asked = self._next(found, scores)
+            asked = self._next(found)
             there = [(r, s, record.lines.get(self._run(r, s).key(record.identity))) for r, s in asked]
             if not asked or any(line is None for *_, line in there):
-                return found, scores
+                return found
             for rate, seed, line in there:
                 assert line is not None
                 found.setdefault(rate, {})[seed] = excess(line)
-                if scores is not None:
-                    scores.setdefault(rate, {})[seed] = -math.inf if line["score"] is None else line["score"]
 
 
 def search_all(searches: Sequence[Search], record: Record, workers: Workers, bar: Any) -> None:
