@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from benchmarks.compare.tasks import MINILM, docstrings, from_files, minilm
@@ -39,6 +40,9 @@ HEAD_RATE = 0.01
 SETTINGS = replace(MINILM, target_modules="all-linear", bf16=False)
 FOLDER = RESULTS / "which-r"
 RULES: tuple[int | str, ...] = (8, 16, 32, "rows", "tokens", "dimension_mean", "dimension_max", "dimension_last")
+HALF, TWICE = "8 at half the rate", "8 at twice the rate"
+SHOWN = ("r = 1", "r = 2", "r = 4", "r = 8", "r = 16", "r = 32", "r = 64", HALF, TWICE, "early", "late")
+PILOT = (2, 8, 32)  # the rule "pilot" takes the one with the lowest held-out loss
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -58,6 +62,7 @@ def main() -> None:
         for found in judge(bench, options.jobs):
             json_files.write_json(options.output / name / "which_r.json", found)
             print(*lines_of(found), sep="\n", flush=True)
+        draw(options.output)
 
 
 def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
@@ -66,17 +71,22 @@ def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
     # What is learnt of a row is its label; the profile is measured on rows without.
     profile = replace(profile, num_rows=len(bench.train), num_targets=len(bench.train))
     arms = _arms(bench, profile)
+    recipes = arms | dict.fromkeys((HALF, TWICE), arms["r = 8"])
     chosen = {str(rule): total_rank(rule, profile, bench.sites, 8) for rule in RULES}
     on_grid = {rule: min(GRID, key=lambda r: abs(math.log2(r / rank))) for rule, rank in chosen.items()}
     made: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+    held_out: dict[str, dict[float, float]] = {}
     with locked(bench.folder), tqdm(unit="run") as bar:
         record = Record(bench.folder / "runs.jsonl", bench.identity)
-        first = _chosen(record, bench, "r = 8", arms["r = 8"], FIRST, jobs, bar)
+        first, _ = _chosen(record, bench, "r = 8", arms["r = 8"], FIRST, jobs, bar)
         for arm, recipe in arms.items():
-            place = _chosen(record, bench, arm, recipe, first, jobs, bar)
+            place, held_out[arm] = _chosen(record, bench, arm, recipe, first, jobs, bar)
             made[arm] = _judged(record, bench, arm, recipe, place, jobs, bar)
+            if arm == "r = 8":
+                made |= _at_other_rates(record, bench, recipe, made[arm][0], jobs, bar)
             losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
             best = min((name for name in losses if name.startswith("r = ")), key=lambda name: losses[name])
+            rules = [{"rule": rule, "rank": chosen[rule], "judged_as": f"r = {on_grid[rule]}"} for rule in chosen]
             yield {
                 "machine": machine(),
                 "task": bench.task.name,
@@ -84,10 +94,19 @@ def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
                 "test_rows": len(bench.test),
                 "parameters_per_rank": sum(site.parameters_per_rank for site in bench.sites),
                 "best": best,
-                "arms": [_row(name, arms[name], *made[name], made["r = 8"][1], made[best][1]) for name in made],
+                "arms": [_row(name, recipes[name], *made[name], made["r = 8"][1], made[best][1]) for name in made],
                 "not_run": [name for name in arms if name not in made],
-                "rules": [{"rule": rule, "rank": chosen[rule], "judged_as": f"r = {on_grid[rule]}"} for rule in chosen],
+                "rules": [*rules, *_pilot(held_out)],
             }
+
+
+def _pilot(held_out: Mapping[str, Mapping[float, float]]) -> list[dict[str, Any]]:
+    """The rule "pilot", where all that it looks at has been trained."""
+    losses = {rank: min(held_out[f"r = {rank}"].values()) for rank in PILOT if f"r = {rank}" in held_out}
+    if len(losses) < len(PILOT):
+        return []
+    rank = min(losses, key=lambda rank: losses[rank])
+    return [{"rule": "pilot", "rank": rank, "judged_as": f"r = {rank}"}]
 
 
 def _arms(bench: Bench, profile: DimensionProfile) -> dict[str, Recipe]:
@@ -103,8 +122,10 @@ def _arms(bench: Bench, profile: DimensionProfile) -> dict[str, Recipe]:
     return {name: lora(of_blocks, bench.sites, keep_alpha=True) for name, of_blocks in ranks.items()}
 
 
-def _chosen(record: Record, bench: Bench, name: str, recipe: Recipe, first: int, jobs: int, bar: Any) -> int:
-    """The place in RATES of the lowest held-out loss: from `first` on, until both neighbours of the best are known.
+def _chosen(
+    record: Record, bench: Bench, name: str, recipe: Recipe, first: int, jobs: int, bar: Any
+) -> tuple[int, dict[float, float]]:
+    """(the place in RATES of the lowest held-out loss, the losses by rate), from `first` on, both neighbours known.
 
     One at which a seed diverges is worse than all others.
     """
@@ -123,7 +144,7 @@ def _chosen(record: Record, bench: Bench, name: str, recipe: Recipe, first: int,
             gone = any(map(diverged, lines))
             losses[place] = math.inf if gone else statistics.fmean(line["loss"] for line in lines)
         best = min(losses, key=lambda place: losses[place])
-    return best
+    return best, {RATES[place]: loss for place, loss in losses.items()}
 
 
 def _judged(
@@ -138,6 +159,22 @@ def _judged(
             return rate, found
         print(f"{name}: {sum(map(diverged, found))} of {JUDGING} seeds diverged at the rate {rate:g}.")
     raise SystemExit(f"{name}: seeds diverge at every rate.")
+
+
+def _at_other_rates(
+    record: Record, bench: Bench, recipe: Recipe, rate: float, jobs: int, bar: Any
+) -> dict[str, tuple[float, list[dict[str, Any]]]]:
+    """What a factor of two in the rate costs, as `_judged`; without one at which seeds diverge."""
+    found = {}
+    for name, other in ((HALF, rate / 2), (TWICE, 2 * rate)):
+        judges = [Run(name, "uniform", recipe, seed, other, False, HEAD_RATE) for seed in range(JUDGING)]
+        record.make(judges, Trainers(bench, jobs), bar)
+        lines = [record.lines[made.key(bench.identity)] for made in judges]
+        if any(map(diverged, lines)):
+            print(f"{name}: {sum(map(diverged, lines))} of {JUDGING} seeds diverged at {other:g}.")
+        else:
+            found[name] = (other, lines)
+    return found
 
 
 def _row(name: str, recipe: Recipe, rate: float, lines: Lines, eight: Lines, best: Lines) -> dict[str, Any]:
@@ -194,6 +231,24 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
             f"| {rule['rule']} | {rule['rank']} | {_interval(arm['loss_less_the_best'], 3)} | "
             f"{_interval(arm['loss_less_that_of_8'], 3)} | {arm['parameters']:,} |"
         )
+
+
+def draw(folder: Path) -> None:
+    """folder/which_r.png: for each recorded task, the loss less that of r = 8 by rank, beside what the rate does."""
+    recorded = [json_files.read_json(path) for path in sorted(folder.glob("*/which_r.json"))]
+    figure = Figure(figsize=(5 * len(recorded), 4), layout="constrained")
+    for axis, found in zip(figure.subplots(1, len(recorded), squeeze=False)[0], recorded, strict=True):
+        arms = {arm["arm"]: arm["loss_less_that_of_8"] for arm in found["arms"] if arm["arm"] in SHOWN}
+        names = [name for name in SHOWN if name in arms]
+        for place, name in enumerate(names):
+            mean, low, high = arms[name]
+            error = [[mean - low], [high - mean]] if low is not None else None
+            axis.errorbar(mean, place, xerr=error, fmt="o", color="C1" if "rate" in name else "C0", capsize=3)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(title=found["task"], xlabel="test loss less that of r = 8 at its rate (95 %)")
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+    figure.savefig(folder / "which_r.png", dpi=120)
 
 
 def _interval(values: Sequence[float | None], digits: int) -> str:
