@@ -12,7 +12,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 from benchmarks.compare.tasks import MINILM, docstrings, from_files, minilm
 from benchmarks.machine import RESULTS, machine
 from gelora_plugins import GeLoRAConfig, json_files
-from gelora_plugins.compare.allocations import lora
+from gelora_plugins.compare.allocations import lora, random_allocations
 from gelora_plugins.compare.bench import Bench
 from gelora_plugins.compare.run import Trainers, measured
 from gelora_plugins.dimension.profile import DimensionProfile
 from gelora_plugins.findings.arms import Recipe
+from gelora_plugins.findings.headroom import Allocation, Headroom
 from gelora_plugins.findings.record import Record, Run, diverged, locked
 from gelora_plugins.findings.stats import Difference, mean_interval, paired_difference
 from gelora_plugins.ranks.planning import make_plan
@@ -42,6 +43,7 @@ FOLDER = RESULTS / "which-r"
 RULES: tuple[int | str, ...] = (8, 16, 32, "rows", "tokens", "dimension_mean", "dimension_max", "dimension_last")
 HALF, TWICE = "8 at half the rate", "8 at twice the rate"
 SHOWN = ("r = 1", "r = 2", "r = 4", "r = 8", "r = 16", "r = 32", "r = 64", HALF, TWICE, "early", "late")
+RANDOM = 12  # allocations with the parameters of r = 8
 PILOT = (2, 8, 32)  # the rule "pilot" takes the one with the lowest held-out loss
 
 Lines = Sequence[Mapping[str, Any]]
@@ -76,6 +78,7 @@ def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
     on_grid = {rule: min(GRID, key=lambda r: abs(math.log2(r / rank))) for rule, rank in chosen.items()}
     made: dict[str, tuple[float, list[dict[str, Any]]]] = {}
     held_out: dict[str, dict[float, float]] = {}
+    headroom: dict[str, Any] = {}
     with locked(bench.folder), tqdm(unit="run") as bar:
         record = Record(bench.folder / "runs.jsonl", bench.identity)
         first, _ = _chosen(record, bench, "r = 8", arms["r = 8"], FIRST, jobs, bar)
@@ -84,6 +87,7 @@ def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
             made[arm] = _judged(record, bench, arm, recipe, place, jobs, bar)
             if arm == "r = 8":
                 made |= _at_other_rates(record, bench, recipe, made[arm][0], jobs, bar)
+                headroom = _headroom(record, bench, *made[arm], jobs, bar)
             losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
             best = min((name for name in losses if name.startswith("r = ")), key=lambda name: losses[name])
             rules = [{"rule": rule, "rank": chosen[rule], "judged_as": f"r = {on_grid[rule]}"} for rule in chosen]
@@ -97,6 +101,7 @@ def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
                 "arms": [_row(name, recipes[name], *made[name], made["r = 8"][1], made[best][1]) for name in made],
                 "not_run": [name for name in arms if name not in made],
                 "rules": [*rules, *_pilot(held_out)],
+                "headroom": headroom,
             }
 
 
@@ -177,6 +182,33 @@ def _at_other_rates(
     return found
 
 
+def _headroom(
+    record: Record, bench: Bench, rate: float, eight: Lines, jobs: int, bar: Any
+) -> dict[str, dict[str, Any]]:
+    """What could be won by moving ranks at the parameters of r = 8: by the loss, and by the score in hundredths."""
+    uniform = [8] * len(bench.sites)
+    drawn = random_allocations(uniform, bench.sites, RANDOM, base_rank=8)
+    recipes = [lora(ranks, bench.sites, keep_alpha=True) for ranks in drawn]
+    runs = [
+        [Run(f"random {i}", "uniform", recipe, seed, rate, False, HEAD_RATE) for seed in range(JUDGING)]
+        for i, recipe in enumerate(recipes, 1)
+    ]
+    record.make([made for some in runs for made in some], Trainers(bench, jobs), bar)
+    lines = [[record.lines[made.key(bench.identity)] for made in some] for some in runs]
+    found = {}
+    for what, unit in (("loss", 1), ("score", 100)):
+        named = [("uniform", uniform, eight)] + [(s[0].row, r, f) for s, r, f in zip(runs, drawn, lines, strict=True)]
+        arms = [
+            Allocation(name, tuple(ranks), tuple(None if diverged(line) else unit * line[what] for line in of_arm))
+            for name, ranks, of_arm in named
+        ]
+        metric = what if what == "loss" else bench.task.metric
+        cost = recipes[0].parameters
+        room = Headroom(bench.task.name, "r = 8", metric, cost, rate, 0.0, arms[0], tuple(arms[1:]), {})
+        found[what] = {"said": str(room), "verdict": room.verdict, "layout": room.layout and asdict(room.layout)}
+    return found
+
+
 def _row(name: str, recipe: Recipe, rate: float, lines: Lines, eight: Lines, best: Lines) -> dict[str, Any]:
     losses, scores = ([line[what] for line in lines] for what in ("loss", "score"))
     return {
@@ -219,6 +251,7 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield f"Not run: {', '.join(found['not_run'])}. So the best of the grid is that of the ranks above."
     yield ""
+    yield from (f"{found['headroom'][what]['said']}\n" for what in ("loss", "score"))
     yield "| rule | rank | loss less the best of the grid | less that of 8 | parameters |"
     yield "| --- | --- | --- | --- | --- |"
     arms = {arm["arm"]: arm for arm in found["arms"]}
