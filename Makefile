@@ -17,7 +17,7 @@ METHODS := lora,adalora,beamlora,cola,diffora,flat_lora,lora_pro,rm_lora,sora sh
 TEST := lint types docs unit integration faults e2e
 REST := pip axolotl-0.19 axolotl-0.21
 
-.PHONY: demo compare-small compare-methods test test-all test-perturbed $(TEST) $(REST) mutants screenshots environment lock clean
+.PHONY: demo compare-small compare-methods evidence-small test test-all test-perturbed $(TEST) $(REST) mutants screenshots environment lock clean
 demo: environment
 	$(MAIN)/bin/gelora demo
 
@@ -42,6 +42,11 @@ compare-small: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 96 --test-rows 200 --plans budget \
 	  --allocations plan,uniform --methods lora --jobs $(CORES) --output compare-small
 	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python -m benchmarks.compare.check compare-small; fi
+
+# Loss against rank on one task, what each rule for it costs, and what moving ranks could win; checked against the record.
+evidence-small: environment
+	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.which_r docstrings --only "r = 1" "r = 2" "r = 32" early \
+	  --random 6 --jobs $(CORES) --output evidence-small --check
 
 # Every training method and LoRA, at equal parameters, by the same protocol with three seeds: a first look, not a verdict.
 compare-methods: environment

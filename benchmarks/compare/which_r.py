@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from benchmarks.compare.tasks import MINILM, docstrings, from_files, minilm
+from benchmarks.compare.which_r_shown import HALF, TWICE, check, draw, lines_of
 from benchmarks.machine import RESULTS, machine
 from gelora_plugins import GeLoRAConfig, json_files
 from gelora_plugins.compare.allocations import lora, random_allocations
@@ -41,8 +41,6 @@ HEAD_RATE = 0.01
 SETTINGS = replace(MINILM, target_modules="all-linear", bf16=False)
 FOLDER = RESULTS / "which-r"
 RULES: tuple[int | str, ...] = (8, 16, 32, "rows", "tokens", "dimension_mean", "dimension_max", "dimension_last")
-HALF, TWICE = "8 at half the rate", "8 at twice the rate"
-SHOWN = ("r = 1", "r = 2", "r = 4", "r = 8", "r = 16", "r = 32", "r = 64", HALF, TWICE, "early", "late")
 RANDOM = 12  # allocations with the parameters of r = 8
 PILOT = (2, 8, 32)  # the rule "pilot" takes the one with the lowest held-out loss
 
@@ -55,24 +53,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the tasks that are read from files")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--only", nargs="+", default=(), metavar="ARM", help='arms beside "r = 8"; all if not given')
+    parser.add_argument("--random", type=int, default=RANDOM, help="allocations that the headroom is measured with")
+    parser.add_argument("--check", action="store_true", help="against what is recorded: sign, order and size")
     options = parser.parse_args()
     for name in options.tasks:
         if name != "docstrings" and options.data is None:
             raise SystemExit(f"{name} needs --data DIR with DIR/{name}/train.jsonl.gz and validation.jsonl.gz")
         task = docstrings() if name == "docstrings" else from_files(name, options.data)
         bench = Bench(minilm(), task, replace(SETTINGS, epochs=3 if name == "docstrings" else 1), options.output / name)
-        for found in judge(bench, options.jobs):
+        for found in judge(bench, options.jobs, options.only, options.random):
             json_files.write_json(options.output / name / "which_r.json", found)
-            print(*lines_of(found), sep="\n", flush=True)
+        print(*lines_of(found), sep="\n", flush=True)
         draw(options.output)
+        if options.check:
+            said, wrong = check(found, json_files.read_json(FOLDER / name / "which_r.json"))
+            print(*said, *wrong, sep="\n")
+            if wrong:
+                raise SystemExit(1)
 
 
-def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
+def judge(bench: Bench, jobs: int, only: Sequence[str], random: int) -> Iterator[dict[str, Any]]:
     """Train every arm of a task at its own rate; after each, all so far beside rank 8 and the best of the grid."""
     profile = measured(bench, GeLoRAConfig())
     # What is learnt of a row is its label; the profile is measured on rows without.
     profile = replace(profile, num_rows=len(bench.train), num_targets=len(bench.train))
-    arms = _arms(bench, profile)
+    arms = {name: recipe for name, recipe in _arms(bench, profile).items() if name in ("r = 8", *(only or [name]))}
     recipes = arms | dict.fromkeys((HALF, TWICE), arms["r = 8"])
     chosen = {str(rule): total_rank(rule, profile, bench.sites, 8) for rule in RULES}
     on_grid = {rule: min(GRID, key=lambda r: abs(math.log2(r / rank))) for rule, rank in chosen.items()}
@@ -87,7 +93,7 @@ def judge(bench: Bench, jobs: int) -> Iterator[dict[str, Any]]:
             made[arm] = _judged(record, bench, arm, recipe, place, jobs, bar)
             if arm == "r = 8":
                 made |= _at_other_rates(record, bench, recipe, made[arm][0], jobs, bar)
-                headroom = _headroom(record, bench, *made[arm], jobs, bar)
+                headroom = _headroom(record, bench, *made[arm], random, jobs, bar)
             losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
             best = min((name for name in losses if name.startswith("r = ")), key=lambda name: losses[name])
             rules = [{"rule": rule, "rank": chosen[rule], "judged_as": f"r = {on_grid[rule]}"} for rule in chosen]
@@ -183,11 +189,11 @@ def _at_other_rates(
 
 
 def _headroom(
-    record: Record, bench: Bench, rate: float, eight: Lines, jobs: int, bar: Any
+    record: Record, bench: Bench, rate: float, eight: Lines, count: int, jobs: int, bar: Any
 ) -> dict[str, dict[str, Any]]:
     """What could be won by moving ranks at the parameters of r = 8: by the loss, and by the score in hundredths."""
     uniform = [8] * len(bench.sites)
-    drawn = random_allocations(uniform, bench.sites, RANDOM, base_rank=8)
+    drawn = random_allocations(uniform, bench.sites, count, base_rank=8)
     recipes = [lora(ranks, bench.sites, keep_alpha=True) for ranks in drawn]
     runs = [
         [Run(f"random {i}", "uniform", recipe, seed, rate, False, HEAD_RATE) for seed in range(JUDGING)]
@@ -234,61 +240,6 @@ def _of_rows(ours: Lines, theirs: Lines) -> Difference:
 
 def _shown(difference: Difference) -> list[float | None]:
     return [difference.mean, *(difference.interval or (None, None))]
-
-
-def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
-    """What was found as two Markdown tables."""
-    yield "| arm | parameters | loss | less that of 8 | score | less that of 8 | rate |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for arm in sorted(found["arms"], key=lambda arm: (not arm["arm"].startswith("r = "), arm["parameters"])):
-        half = f" ± {arm['loss'][1]:.3f}"
-        yield (
-            f"| {arm['arm']} | {arm['parameters']:,} | {arm['loss'][0]:.3f}{half} | "
-            f"{_interval(arm['loss_less_that_of_8'], 3)} | {arm['score'][0]:.1f} ± {arm['score'][1]:.1f} | "
-            f"{_interval(arm['score_less_that_of_8'], 1)} | {arm['rate']:g}{' (edge)' if arm['edge'] else ''} |"
-        )
-    if found["not_run"]:
-        yield ""
-        yield f"Not run: {', '.join(found['not_run'])}. So the best of the grid is that of the ranks above."
-    yield ""
-    yield from (f"{found['headroom'][what]['said']}\n" for what in ("loss", "score"))
-    yield "| rule | rank | loss less the best of the grid | less that of 8 | parameters |"
-    yield "| --- | --- | --- | --- | --- |"
-    arms = {arm["arm"]: arm for arm in found["arms"]}
-    for rule in found["rules"]:
-        arm = arms.get(rule["judged_as"])
-        if arm is None:
-            yield f"| {rule['rule']} | {rule['rank']} | not run | | |"
-            continue
-        yield (
-            f"| {rule['rule']} | {rule['rank']} | {_interval(arm['loss_less_the_best'], 3)} | "
-            f"{_interval(arm['loss_less_that_of_8'], 3)} | {arm['parameters']:,} |"
-        )
-
-
-def draw(folder: Path) -> None:
-    """folder/which_r.png: for each recorded task, the loss less that of r = 8 by rank, beside what the rate does."""
-    recorded = [json_files.read_json(path) for path in sorted(folder.glob("*/which_r.json"))]
-    figure = Figure(figsize=(5 * len(recorded), 4), layout="constrained")
-    for axis, found in zip(figure.subplots(1, len(recorded), squeeze=False)[0], recorded, strict=True):
-        arms = {arm["arm"]: arm["loss_less_that_of_8"] for arm in found["arms"] if arm["arm"] in SHOWN}
-        names = [name for name in SHOWN if name in arms]
-        for place, name in enumerate(names):
-            mean, low, high = arms[name]
-            error = [[mean - low], [high - mean]] if low is not None else None
-            axis.errorbar(mean, place, xerr=error, fmt="o", color="C1" if "rate" in name else "C0", capsize=3)
-        axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(title=found["task"], xlabel="test loss less that of r = 8 at its rate (95 %)")
-        axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-    figure.savefig(folder / "which_r.png", dpi=120)
-
-
-def _interval(values: Sequence[float | None], digits: int) -> str:
-    mean, low, high = values
-    if not mean and not low:
-        return "0"
-    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.compare.which_r import FOLDER, lines_of
+from benchmarks.compare.which_r import FOLDER
+from benchmarks.compare.which_r_shown import lines_of
 
 
 def which_r() -> str:
