@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from gelora_plugins.errors import ApplyError, GeLoRAError, PlanError, TooLateErr
 from gelora_plugins.pipeline import select_ranks
 from gelora_plugins.plugins import find_layout
 from gelora_plugins.probe.distributed import ALONE, Processes, blaming
+from gelora_plugins.probe.no_trace import brought_to
 from gelora_plugins.probe.provenance import other_model
 from gelora_plugins.ranks.adapter import AppliedPlan, add_adapter, apply_config, apply_plan, has_ranks_of
 from gelora_plugins.ranks.find_adapter import IN_PLACE_INITS, find_adapter, require_adapter
@@ -29,7 +31,7 @@ from gelora_plugins.trainer_moment import Methods, checkpoint_path, replace_meth
 
 from .checkpoint import Checkpoint
 from .model_card import complete_card
-from .sharding import is_sharded
+from .sharding import has_first_alone_weights, is_sharded, is_still_whole
 from .telling import PlanLog, is_at, tell
 from .trainer_check import TrainingCheck, check_unstarted
 from .training_rows import collator_of, documents_of
@@ -142,7 +144,7 @@ class RankSelection:
             check_plan(model, plan)
         except GeLoRAError:
             own = without_plan(adapter.config, plan, adapter.layers)
-            if own.rank_pattern != adapter.config.rank_pattern or is_sharded(self.trainer):
+            if own.rank_pattern != adapter.config.rank_pattern or self._is_out_of_reach():
                 raise
             return False
         self.plan = plan
@@ -245,32 +247,47 @@ class RankSelection:
                     "optimizer_cls_and_kwargs=... instead of optimizers=..."
                 )
             check_unstarted(self.trainer.optimizer, adapter)
-        if is_sharded(self.trainer):
+        if self._is_out_of_reach():
             raise ApplyError(
-                "The model is sharded, or will be (FSDP or DeepSpeed ZeRO-3); its adapter cannot be resized here. Make "
-                "the plan before, in one process: gelora probe MODEL DATA -o profile.json, then gelora plan "
-                "profile.json -o plan.json; then LoraConfig(**RankPlan.load('plan.json').lora_config_kwargs(), ...) "
-                "and GeLoRACallback(plan='plan.json'), which checks the adapter. To resume, use the gelora/plan.json "
-                "of the checkpoint."
+                "The adapter cannot be resized in this model: it is sharded, or will be by FSDP 1 or DeepSpeed ZeRO-3, "
+                "or is quantised and will be by FSDP 2. Make the plan before, in one process: gelora probe MODEL DATA "
+                "-o profile.json, then gelora plan profile.json -o plan.json; then LoraConfig("
+                "**RankPlan.load('plan.json').lora_config_kwargs(), ...) and GeLoRACallback(plan='plan.json'), which "
+                "checks the adapter. To resume, use the gelora/plan.json of the checkpoint."
             )
 
+    def _is_out_of_reach(self) -> bool:
+        return is_sharded(self.trainer) and not is_still_whole(self.trainer)
+
     def _select(self) -> RankPlan:
-        trainer = self.trainer
         processes = self._processes()
+        if has_first_alone_weights(self.trainer):
+            return processes.decide(lambda: self._measure(ALONE))
+        return self._measure(processes)
+
+    def _measure(self, processes: Processes) -> RankPlan:
+        trainer = self.trainer
         with processes.together():
             collator = collator_of(trainer)
             with blaming("Reading the training data", "Mend what reads the rows, or pass rows that can be read."):
                 documents = documents_of(trainer, collator) if self.config.plan is None else None
-        return select_ranks(
-            trainer.model,
-            documents,
-            self.config,
-            lora_config=self.lora_config,
-            collator=collator,
-            progress=not trainer.args.disable_tqdm and trainer.is_world_process_zero(),
-            processes=processes,
-            autocast=trainer.accelerator.autocast,
-        )
+        with self._on_device():
+            return select_ranks(
+                trainer.model,
+                documents,
+                self.config,
+                lora_config=self.lora_config,
+                collator=collator,
+                progress=not trainer.args.disable_tqdm and trainer.is_world_process_zero(),
+                processes=processes,
+                autocast=trainer.accelerator.autocast,
+            )
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """For a model that FSDP has left on the CPU until it shards it."""
+        model, device = self.trainer.model, self.trainer.args.device
+        waits = is_sharded(self.trainer) and next(model.parameters()).device.type != device.type
+        return brought_to(model, device) if waits else nullcontext()
 
     def _plan_for(self, model: nn.Module, plan: RankPlan) -> RankPlan:
         """`plan`, or one from the same measurement for another adapter: of a trial, or activated since.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -35,3 +37,34 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
 def cuda_devices() -> list[int]:
     """The CUDA devices whose random state can have been used: all of them once CUDA is awake."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def brought_to(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Each module of `model` is on `device` while it runs, with its inputs, and is back where it was afterwards.
+
+    For a model that waits on the CPU to be sharded, and that the device may not hold whole: at any time it holds the
+    parameters and buffers of the modules that are running alone. Parameters stay the same objects.
+    """
+    away: list[tuple[Tensor, Tensor]] = []  # what is on `device`, and where it came from; the innermost module last
+
+    def bring(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            away.append((own, own.data))
+            own.data = own.data.to(device)
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    def back(module: nn.Module, args: Any, output: Any) -> None:
+        for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            own, data = away.pop()
+            own.data = data
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(bring, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(back).remove)
+        try:
+            yield
+        finally:
+            for own, data in reversed(away):  # of a forward pass that failed
+                own.data = data

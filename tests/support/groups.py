@@ -116,19 +116,25 @@ def fail(directory: Path, how: str, where: int) -> None:
         part()
 
 
-def sharded(how: str, directory: Path) -> tuple[TrainingArguments, nn.Module]:
+def sharded(how: str, directory: Path, **options: Any) -> tuple[TrainingArguments, nn.Module]:
     """What a Trainer needs to shard the model itself (accelerate), or to get it sharded (transformers)."""
     if how == "transformers":
         args = arguments(directory, **SGD)
         assert args.device.type == "cpu"  # reading it starts the processes' group
         sharding = DistributedConfig(fsdp_size=2)
         return args, AutoModelForCausalLM.from_pretrained(directory / "base", distributed_config=sharding)
+    efficient = how == "the first alone"  # has the weights, until the model is sharded
     fsdp_config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    args = arguments(directory, fsdp=True, fsdp_config=fsdp_config, **SGD)
+    fsdp_config["cpu_ram_efficient_loading"] = efficient
+    args = arguments(directory, fsdp=True, fsdp_config=fsdp_config, **{**SGD, **options})
     # For MULTI_CPU accelerate 1.15 leaves the FSDP settings out (state.py) and trains under DDP without a word. With
     # another name for the same device and process group all that follows is as on GPUs.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return args, build("llama")
+    base = build("llama")
+    if efficient and rank() > 0:
+        for parameter in base.parameters():
+            parameter.data.fill_(torch.nan)  # as good as what is in torch.empty
+    return args, base
 
 
 def adapted(base: nn.Module, plan: Path | None = None) -> PeftModel:
@@ -164,6 +170,28 @@ def train_sharded_with_another_plan(directory: Path, how: str) -> None:
         trainer.train()
     except GeLoRAError as error:
         (directory / f"refused-{rank()}").write_text(f"{type(error).__name__}: {error}")
+    part()
+
+
+def choose_sharded(directory: Path, how: str) -> None:
+    """Measure, train under FSDP2 with checkpoints, save the adapter; then resume from the first checkpoint.
+
+    `found-RANK.json`: the ranks, and the largest difference of the resumed run.
+    """
+    # torch 2.13 cannot load the state of an optimizer that has none, as SGD's.
+    options = {"save_only_model": True, "lr_scheduler_type": "constant"}
+    args, base = sharded(how, directory, save_strategy="steps", save_steps=2, **options)
+    trainer = Trainer(model=adapted(base), args=args, train_dataset=rows(), callbacks=[GeLoRACallback()])
+    trainer.train()
+    trainer.save_model(str(directory / "adapter"))
+    ended = {name: p.full_tensor() for name, p in trainer.model.named_parameters() if "lora_" in name}
+    _, base = sharded(how, directory)
+    again = Trainer(model=adapted(base), args=args, train_dataset=rows(), callbacks=[GeLoRACallback()])
+    again.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
+    resumed = {name: p.full_tensor() for name, p in again.model.named_parameters() if "lora_" in name}
+    off = max((resumed[name] - value).abs().max().item() for name, value in ended.items())
+    found = {"ranks": ranks_by_block(trainer.model), "off": off}
+    (directory / f"found-{rank()}.json").write_text(json.dumps(found))
     part()
 
 

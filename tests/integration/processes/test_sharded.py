@@ -1,4 +1,4 @@
-"""Sharded models (FSDP2, 2 processes, gloo): ranks by the LoRA configuration, and a refusal to resize in place."""
+"""Sharded models (FSDP2, 2 processes, gloo): ranks by the LoRA configuration, or in place before they are sharded."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from gelora_plugins import RankPlan, select_ranks
+from gelora_plugins import GeLoRACallback, RankPlan, select_ranks
 from tests.support import groups
 from tests.support.forks import run_together, said
 from tests.support.groups import adapted
@@ -60,13 +60,30 @@ def test_an_adapter_of_a_sharded_model_that_is_not_the_plans_is_refused(tmp_path
         assert "target modules have another rank or scaling than the plan gives them" in words
 
 
-@pytest.mark.parametrize("how", ["accelerate", "transformers"])
-def test_a_sharded_model_is_refused_in_place_in_every_process_with_the_way_out(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["accelerate", "the first alone"])
+def test_a_model_that_is_yet_to_be_sharded_gets_its_ranks_in_place_as_one_that_is_whole(
+    tmp_path: Path, how: str
+) -> None:
+    assert run_together(tmp_path, 2, groups.choose_sharded, how) == [0, 0], said(tmp_path).read_text()
+    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2)]
+    whole = adapted(build("llama"))
+    options = {"gradient_accumulation_steps": 2, "lr_scheduler_type": "constant", **groups.SGD}
+    trainer_for(whole, tmp_path / "whole", GeLoRACallback(), **options).train()
+    assert [part["ranks"] for part in found] == [ranks_by_block(whole)] * 2
+    assert len(set(found[0]["ranks"])) > 1
+    # Three steps of SGD; each changes a matrix by 0.05 of a gradient, which float32 knows to some 1e-6.
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    torch.testing.assert_close(saved, dict(get_peft_model_state_dict(whole)), rtol=1e-4, atol=1e-6)
+    assert all(part["off"] <= 1e-6 for part in found), "resumed at its second step, it ends as it did"
+    assert RankPlan.load(tmp_path / "gelora" / "plan.json").ranks == tuple(found[0]["ranks"])
+
+
+def test_a_model_that_is_loaded_sharded_is_refused_in_place_in_every_process_with_the_way_out(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "base")
-    assert run_together(tmp_path, 2, groups.resize_sharded, how) == [0, 0], said(tmp_path).read_text()
+    assert run_together(tmp_path, 2, groups.resize_sharded, "transformers") == [0, 0], said(tmp_path).read_text()
     words = [(tmp_path / f"refused-{rank}").read_text() for rank in range(2)]
     assert words[0] == words[1]
-    assert words[0].startswith("ApplyError: The model is sharded, or will be (FSDP or DeepSpeed ZeRO-3)")
+    assert words[0].startswith("ApplyError: The adapter cannot be resized in this model: it is sharded")
     for way_out in ("gelora probe MODEL DATA -o profile.json", "gelora plan profile.json -o plan.json", "LoraConfig("):
         assert way_out in words[0]
     assert not (tmp_path / "gelora").exists()
