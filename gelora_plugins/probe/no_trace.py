@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -44,20 +44,22 @@ def brought_to(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Each module of `model` is on `device` while it runs, with its inputs, and is back where it was afterwards.
 
     For a model that waits on the CPU to be sharded, and that the device may not hold whole: at any time it holds the
-    parameters and buffers of the modules that are running alone. Parameters stay the same objects.
+    parameters and buffers of the modules that are running alone. What the model holds afterwards are the same objects.
     """
-    away: list[tuple[Tensor, Tensor]] = []  # what is on `device`, and where it came from; the innermost module last
+    away: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []  # of the modules that run, the innermost last
 
     def bring(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            away.append((own, own.data))
-            own.data = own.data.to(device)
+        away.append((module, dict(module._parameters), dict(module._buffers)))
+        for name, own in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(own.to(device), requires_grad=False)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
         return send_to_device(args, device), send_to_device(kwargs, device)
 
-    def back(module: nn.Module, args: Any, output: Any) -> None:
-        for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            own, data = away.pop()
-            own.data = data
+    def back(*_: Any) -> None:
+        module, parameters, buffers = away.pop()
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
 
     with ExitStack() as stack:
         for module in model.modules():
@@ -66,5 +68,5 @@ def brought_to(model: nn.Module, device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            for own, data in reversed(away):  # of a forward pass that failed
-                own.data = data
+            while away:  # of a forward pass that failed
+                back()

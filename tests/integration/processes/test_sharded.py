@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from gelora_plugins.integrations.sharding import is_sharded, is_still_whole
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -87,3 +90,23 @@ def test_a_model_that_is_loaded_sharded_is_refused_in_place_in_every_process_wit
     for way_out in ("gelora probe MODEL DATA -o profile.json", "gelora plan profile.json -o plan.json", "LoraConfig("):
         assert way_out in words[0]
     assert not (tmp_path / "gelora").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "quantised", "loaded_sharded", "whole"),
+    [(2, False, False, True), (1, False, False, False), (2, True, False, False), (2, False, True, False)],
+)
+def test_what_can_be_waited_for(version: int, quantised: bool, loaded_sharded: bool, whole: bool) -> None:
+    model = build("llama")
+    model.is_quantized = quantised
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+    trainer: Any = SimpleNamespace(
+        model=model,
+        is_fsdp_enabled=True,
+        is_distributed_loading_by_transformers=loaded_sharded,
+        accelerator=SimpleNamespace(state=state),
+    )
+    assert is_sharded(trainer)
+    assert is_still_whole(trainer) is whole
+    state.fsdp_plugin = None
+    assert not is_still_whole(trainer), "DeepSpeed ZeRO-3 has partitioned it"
