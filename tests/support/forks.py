@@ -46,22 +46,27 @@ def wait(process: ForkServerProcess) -> int:
     return process.exitcode
 
 
-def run_together(directory: Path, count: int, function: Callable[..., None], *arguments: Any) -> list[int]:
+def run_together(
+    directory: Path, count: int, function: Callable[..., None], *arguments: Any, nodes: int = 1
+) -> list[int]:
     """Run `function(directory, *arguments)` in `count` processes of one group, as torchrun does; their exit codes.
 
+    With several `nodes` each of them has as many, which number themselves from 0, as on machines of their own.
     What process i says is in `directory / said-i.txt`. Unlike torchrun this ends no process because another failed.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that is free
     group = {
         "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count // nodes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     processes = [
-        start(function, directory, *arguments, log=said(directory, i), RANK=str(i), LOCAL_RANK=str(i), **group)
+        start(
+            function, directory, *arguments, log=said(directory, i), RANK=str(i), **_place(i, count // nodes), **group
+        )
         for i in range(count)
     ]
     try:
@@ -69,6 +74,10 @@ def run_together(directory: Path, count: int, function: Callable[..., None], *ar
     finally:
         for process in processes:
             process.kill()
+
+
+def _place(index: int, of_node: int) -> dict[str, str]:
+    return {"LOCAL_RANK": str(index % of_node), "GROUP_RANK": str(index // of_node)}
 
 
 def said(directory: Path, index: int = 0) -> Path:

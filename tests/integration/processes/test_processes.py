@@ -35,11 +35,11 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == (pytest.approx(expected, rel=1e-4) if isinstance(expected, float) else expected)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("count", "nodes"), [(1, 1), (2, 1), (3, 1), (2, 2)])
 def test_processes_share_the_work_have_the_plan_of_one_and_train_alike(
-    tmp_path: Path, count: int, alone: RankPlan
+    tmp_path: Path, count: int, nodes: int, alone: RankPlan
 ) -> None:
-    assert run_together(tmp_path, count, groups.train) == [0] * count, said(tmp_path).read_text()
+    assert run_together(tmp_path, count, groups.train, nodes=nodes) == [0] * count, said(tmp_path).read_text()
     found = [json.loads((tmp_path / f"found-{i}.json").read_text()) for i in range(count)]
     assert [one["processes"] for one in found] == [count] * count
     assert all(one == found[0] for one in found)
@@ -49,7 +49,8 @@ def test_processes_share_the_work_have_the_plan_of_one_and_train_alike(
     assert set(alone.ranks) != {4}
     assert tuple(found[0]["ranks"]) == alone.ranks[:: len(alone.ranks) // 3]
     assert [said(tmp_path, i).read_text().count("LoRA ranks by GeLoRA") for i in range(count)] == [1, 0, 0][:count]
-    assert [said(tmp_path, i).read_text().count("gelora/mean_rank") for i in range(count)] == [1, 0, 0][:count]
+    logs = [said(tmp_path, i).read_text().count("gelora/mean_rank") for i in range(count)]
+    assert logs == [int(i % (count // nodes) == 0) for i in range(count)], "as the Trainer's own log, once on each node"
     measured = [json.loads((tmp_path / f"measured-{i}.json").read_text()) for i in range(count)]
     batches = [16] * 7 + [8]
     assert measured == [batches[i::count] for i in range(count)]
@@ -84,10 +85,12 @@ def test_memory_that_runs_out_in_one_process_halves_the_batches_of_all(tmp_path:
         assert [words.count(f"trying again with {size} documents in a batch") for size in (8, 4, 2)] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("where", [0, 1])
-def test_a_process_that_is_killed_while_measuring_ends_the_others(tmp_path: Path, where: int) -> None:
+@pytest.mark.parametrize(("where", "nodes"), [(0, 1), (1, 1), (1, 2)])
+def test_a_process_or_a_node_that_is_killed_while_measuring_ends_the_others(
+    tmp_path: Path, where: int, nodes: int
+) -> None:
     # One that waits for it in vain waits half an hour; `run_together` does not.
-    codes = run_together(tmp_path, 2, groups.fail, "killed", where)
+    codes = run_together(tmp_path, 2, groups.fail, "killed", where, nodes=nodes)
     assert codes[where] == -signal.SIGKILL
     assert (tmp_path / f"began-{where}").exists()
     other = tmp_path / f"ended-{1 - where}"
