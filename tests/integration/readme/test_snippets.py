@@ -44,7 +44,8 @@ def with_blocks(language: str) -> Any:
 
 def given() -> dict[str, Any]:
     """What an example takes for granted: a model that was loaded, data, the arguments of a trainer."""
-    short: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 1, "report_to": [], "use_cpu": True}
+    short: dict[str, Any] = {"max_steps": 4, "report_to": [], "use_cpu": True}
+    short |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     return {
         "model": AutoModelForCausalLM.from_pretrained(MODEL),
         "tokenizer": AutoTokenizer.from_pretrained(MODEL),
