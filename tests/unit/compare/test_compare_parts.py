@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gelora_plugins.compare.scoring import SCORES, parts_of
+from gelora_plugins.compare.metrics import SCORES, parts_of
 
 
 def answers(metric: str, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

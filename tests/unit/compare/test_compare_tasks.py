@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gelora_plugins.compare.bench import Bench, Settings
-from gelora_plugins.compare.scoring import SCORES, constant_loss, evaluate
+from gelora_plugins.compare.metrics import SCORES
+from gelora_plugins.compare.scoring import constant_loss, evaluate
 from gelora_plugins.compare.task import IGNORED_LABEL, Collator, Task, encode, split_fifth
 from gelora_plugins.errors import ConfigError, ProbeError
 
