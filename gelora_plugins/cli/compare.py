@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,13 @@ def compare(
     name: Annotated[
         str | None, typer.Option(help="Name of the task, and of its folder; that of the file if not given.")
     ] = None,
-    metric: Annotated[str, typer.Option(help="accuracy, mcc, f1, spearman or loss; the task's usual one.")] = "",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="accuracy, mcc, f1; spearman; token_accuracy, exact_match; loss; or package.module:function, of this "
+            "folder too. The task's usual one if not given."
+        ),
+    ] = "",
     plan: Annotated[list[Path] | None, typer.Option(help="Saved plans to compare, instead of GeLoRA's.")] = None,
     allocations: Annotated[
         str, typer.Option(help="Which ranks, with commas: plan, uniform, permuted, reversed, grid, rate_only.")
@@ -89,6 +96,8 @@ def compare(
     from gelora_plugins.compare.task import load_task
     from gelora_plugins.ranks.plan import RankPlan
 
+    if ":" in metric:
+        sys.path.insert(0, "")  # a script's own folder is there, not the one that it is called from
     settings = Settings(rank, alpha, target_modules, listed(allocations, str), listed(methods, str))
     settings = replace(settings, grid=listed(grid, int), seeds=seeds, rates=listed(rates, float))
     settings = replace(settings, rate_seeds=rate_seeds, head_rate=head_rate, rows_per_seed=rows_per_seed, epochs=epochs)

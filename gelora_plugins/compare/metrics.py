@@ -1,13 +1,17 @@
-"""Metrics of answers and labels, and what each row adds to one."""
+"""Metrics of answers and labels, the user's own ones too, and what each row adds to one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import pkgutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 from sklearn import metrics
+
+from gelora_plugins.errors import ConfigError
 
 
 def parts_of(metric: Callable[[Any, Any], float], answers: Any, labels: Any) -> Any:
@@ -55,3 +59,35 @@ SCORES: dict[str, Callable[[Any, Any], float]] = {
     "f1": _f1,
     "spearman": _spearman,
 }
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """1 where an answer is its reference, but for space around it; else 0."""
+    return [float(answer.strip() == reference.strip()) for answer, reference in zip(answers, references, strict=True)]
+
+
+def is_own(metric: str) -> bool:
+    """Whether a metric is named as the user's own function: package.module:function."""
+    return ":" in metric
+
+
+def own(metric: str) -> Callable[[Any, Any], Any]:
+    """The function that `metric` names. Raises ConfigError where there is none."""
+    try:
+        function = pkgutil.resolve_name(metric)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"The metric {metric!r} cannot be imported ({type(error).__name__}: {error}). Give package.module:function "
+            "of a module that Python finds from here."
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"The metric {metric!r} is {type(function).__name__}; expected a function.")
+    return function  # type: ignore[no-any-return]
+
+
+def source_of(metric: str) -> str:
+    """The source of the user's own function, where Python can find it: another function is another metric."""
+    try:
+        return inspect.getsource(own(metric))
+    except (OSError, TypeError):
+        return ""

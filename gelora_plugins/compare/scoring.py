@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gelora_plugins.compare.metrics import SCORES, parts_of
+from gelora_plugins.compare.generate import generated
+from gelora_plugins.compare.metrics import SCORES, exact_match, is_own, own, parts_of
 from gelora_plugins.compare.task import Collator
+from gelora_plugins.errors import ConfigError
 from gelora_plugins.probe.documents import IGNORED_LABEL
 
 
@@ -23,8 +25,11 @@ def evaluate(
     batch_size: int,
     *,
     bf16: bool = False,
+    tokenizer: Any = None,
 ) -> tuple[float, float, list[float]]:
     """(score, loss, what each row adds to the score) of `model` on encoded rows, in their order; see `parts_of`.
+
+    `metric` is one of `Task.metric`. The tokenizer is needed where text is generated.
 
     The loss is the mean per token that counts, or per row. It is computed from the logits: the loss that PEFT 0.21
     returns for AdaLoRA has its regulariser in it.
@@ -45,19 +50,49 @@ def evaluate(
             of_rows, counted = _loss_by_row(collator.kind, logits, target)
             losses.append(of_rows.double().cpu())
             counts.append(counted.cpu())
-            if metric != "loss":
+            if collator.kind == "causal-lm":
+                right = (logits[:, :-1].argmax(-1) == target[:, 1:]) & (target[:, 1:] != IGNORED_LABEL)
+                answers.append(right.sum(1).cpu())
+            elif metric != "loss":
                 answers.append((logits.argmax(-1) if collator.kind == "classification" else logits.squeeze(-1)).cpu())
                 labels.append(target.cpu())
+        if collator.kind == "causal-lm" and metric not in ("loss", "token_accuracy"):
+            texts, references = generated(model, rows, tokenizer, collator.pad, batch_size)
     by_row, count = torch.cat(losses).numpy(), max(int(torch.cat(counts).sum()), 1)
     loss = float(by_row.sum() / count)
     if metric == "loss":
         score, parts = loss, by_row * len(rows) / count
+    elif metric == "token_accuracy":
+        parts = torch.cat(answers).double().numpy() * len(rows) / count
+        score = float(parts.mean())
+    elif collator.kind == "causal-lm":
+        found = (own(metric) if is_own(metric) else exact_match)(texts, references)
+        parts = _numbers(found, metric, len(rows))
+        return float(parts.mean()), loss, parts.tolist()
     else:
+        function = SCORES[metric] if metric in SCORES else _one_number(metric)
         given, true = torch.cat(answers).numpy(), torch.cat(labels).numpy()
-        score, parts = SCORES[metric](given, true), parts_of(SCORES[metric], given, true)
+        score, parts = function(given, true), parts_of(function, given, true)
     placed = np.empty(len(rows))
     placed[order] = parts
     return score, loss, placed.tolist()
+
+
+def _one_number(metric: str) -> Callable[[Any, Any], float]:
+    function = own(metric)
+    return lambda answers, labels: float(_numbers([function(answers, labels)], metric, 1)[0])
+
+
+def _numbers(found: Any, metric: str, count: int) -> Any:
+    """What the user's own metric gave, as (count,) float64. Raises ConfigError where it is something else."""
+    try:
+        numbers = np.asarray(found, dtype=float)
+    except (TypeError, ValueError):
+        numbers = np.empty(0)
+    if numbers.shape != (count,) or not np.isfinite(numbers).all():
+        expected = "a number" if count == 1 else f"{count} numbers, one a row"
+        raise ConfigError(f"The metric {metric} gave {found!r:.80}; expected {expected}.")
+    return numbers
 
 
 def _loss_by_row(kind: str, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gelora_plugins import json_files
+from gelora_plugins.compare.metrics import is_own, own, source_of
 from gelora_plugins.errors import ConfigError, ProbeError
 from gelora_plugins.probe.documents import IGNORED_LABEL
 from gelora_plugins.probe.formats import load_rows, row_of, text_of
@@ -21,7 +22,7 @@ from gelora_plugins.probe.formats import load_rows, row_of, text_of
 METRICS = {  # the first is the default
     "classification": ("accuracy", "mcc", "f1", "loss"),
     "regression": ("spearman", "loss"),
-    "causal-lm": ("loss",),
+    "causal-lm": ("loss", "token_accuracy", "exact_match"),
 }
 MOST_CUT = 0.1  # a comparison without more of the rows than that is one on other data
 NAME = r"\w[\w .,+=()-]{0,99}"  # of what becomes a folder, and a row of tables: no separators, nothing hidden
@@ -37,7 +38,12 @@ class Task:
         kind: "classification", "regression" or "causal-lm".
         train, test: rows with `text`, or `text_a` and `text_b`, or `input_ids`, and a `label`; for causal-lm with
             `prompt` and `completion` (only the completion counts), or `text`. The test rows choose nothing.
-        metric: of the test rows: accuracy, mcc (Matthews), f1, spearman, or loss. Only the loss is better when lower.
+        metric: of the test rows. Only the loss is better when lower. Of classification accuracy, mcc (Matthews), f1; of
+            regression spearman; of causal-lm token_accuracy, the share of the tokens that count which are the likeliest
+            after what stands before them in the row, and exact_match of the generated text (greedy) with the
+            completion; of all loss. Or package.module:function, a function of answers and labels, one of each a row: of
+            classification and regression arrays, for which it gives the score; of causal-lm texts, for which it gives a
+            score a row. Scores are from 0 to 1.
         max_length: tokens of a row; what is longer is cut there.
 
     Raises:
@@ -60,10 +66,15 @@ class Task:
             raise ConfigError(f"The kind of task is {self.kind!r}; expected one of: {', '.join(METRICS)}.")
         if not self.metric:
             object.__setattr__(self, "metric", METRICS[self.kind][0])
-        if self.metric not in METRICS[self.kind]:
+        if is_own(self.metric):
+            own(self.metric)
+        elif self.metric not in METRICS[self.kind]:
             raise ConfigError(
-                f"The metric is {self.metric!r}; expected one of: {', '.join(METRICS[self.kind])} for {self.kind}."
+                f"The metric is {self.metric!r}; expected one of: {', '.join(METRICS[self.kind])} for {self.kind}, or "
+                "package.module:function."
             )
+        if self.is_generated and not all("completion" in row for row in self.test):
+            raise ConfigError(f"{self.metric} is of generated text; it needs test rows with prompt and completion.")
         if len(self.train) < 10 or not self.test:
             raise ProbeError(f"{len(self.train)} training rows and {len(self.test)} test rows; expected 10 and 1.")
         if self.metric in ("mcc", "f1") and self.num_labels != 2:
@@ -73,6 +84,11 @@ class Task:
     def higher_is_better(self) -> bool:
         """Whether a higher score is a better one."""
         return self.metric != "loss"
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the metric is of text that the model generates."""
+        return self.kind == "causal-lm" and (self.metric == "exact_match" or is_own(self.metric))
 
     @property
     def labels(self) -> tuple[Any, ...]:
@@ -90,7 +106,8 @@ class Task:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all rows and settings."""
-        digest = hashlib.sha256(f"{self.name} {self.kind} {self.metric} {self.max_length}".encode())
+        source = source_of(self.metric) if is_own(self.metric) else ""
+        digest = hashlib.sha256(f"{self.name} {self.kind} {self.metric} {self.max_length}{source}".encode())
         for rows in (self.train, self.test):
             for row in rows:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())

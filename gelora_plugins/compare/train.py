@@ -82,7 +82,7 @@ def run(bench: Bench, made: Run) -> dict[str, Any]:
             f"The trained {recipe.kind} has {lora:,} LoRA parameters; {recipe.parameters:,} were planned, and arms are "
             "compared at equal parameters. Give the method options with which it keeps them."
         )
-    score, loss, parts = _evaluate(bench, model, scored)
+    score, loss, parts = _evaluate(bench, model, scored, bench.task.metric)
     return {
         "score": score if math.isfinite(score) and math.isfinite(loss) else None,  # argmax makes 0 of NaN: an answer
         "loss": loss if math.isfinite(loss) else None,
@@ -95,9 +95,11 @@ def run(bench: Bench, made: Run) -> dict[str, Any]:
     }
 
 
-def _evaluate(bench: Bench, model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, list[float]]:
-    settings = bench.settings
-    return evaluate(model, rows, bench.collator, bench.task.metric, 4 * settings.batch_size, bf16=settings.bf16)
+def _evaluate(
+    bench: Bench, model: Any, rows: Sequence[Mapping[str, Any]], metric: str
+) -> tuple[float, float, list[float]]:
+    size, bf16 = 4 * bench.settings.batch_size, bench.settings.bf16
+    return evaluate(model, rows, bench.collator, metric, size, bf16=bf16, tokenizer=bench.tokenizer)
 
 
 def _constant(
@@ -105,7 +107,7 @@ def _constant(
 ) -> float:
     """The loss on `scored` that a run must get below: of the constant answer, of a causal-lm of the model as it was."""
     kind = bench.task.kind
-    return _evaluate(bench, untrained, scored)[1] if kind == "causal-lm" else constant_loss(kind, rows, scored)
+    return _evaluate(bench, untrained, scored, "loss")[1] if kind == "causal-lm" else constant_loss(kind, rows, scored)
 
 
 def method_of(bench: Bench, recipe: Recipe) -> tuple[TrainingMethod | None, tuple[int, ...]]:
