@@ -17,7 +17,7 @@ METHODS := lora,adalora,beamlora,cola,diffora,flat_lora,lora_pro,rm_lora,sora sh
 TEST := lint types docs unit integration faults e2e
 REST := pip axolotl-0.19 axolotl-0.21
 
-.PHONY: demo compare-small compare-methods evidence-small test test-all test-perturbed $(TEST) $(REST) mutants screenshots environment lock clean
+.PHONY: demo compare-small compare-methods evidence-small test test-all test-perturbed $(TEST) $(REST) mutants screenshots gpu environment lock clean
 demo: environment
 	$(MAIN)/bin/gelora demo
 
@@ -57,6 +57,14 @@ compare-methods: environment
 mutants: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/mutmut run --max-children $(CORES)
 	$(MAIN)/bin/python -m benchmarks.mutants
+
+# On a machine with an accelerator: the tests of the engine, of the kinds of LoRA and of the training methods on it, then what
+# the probe and each method cost there. Each command fits ten minutes of one H100.
+gpu: environment
+	GELORA_TEST_ACCELERATOR=1 $(MAIN)/bin/python -m pytest -q tests/unit/dimension tests/unit/probe tests/unit/ranks \
+	  tests/integration/models/test_matrix.py tests/integration/methods tests/integration/compare/test_compare_quantised.py
+	$(MAIN)/bin/python -m benchmarks.speed.accelerator
+	$(MAIN)/bin/python -m benchmarks.speed.methods --steps 20 --rows 8 --tokens 512
 
 # The pictures of docs/, by a Chromium that is installed, and what axe-core says of the pages.
 screenshots: environment

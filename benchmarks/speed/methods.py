@@ -4,12 +4,11 @@
 
 One model, one adapter of rank 8 on every linear map of the blocks (SmolLM2-135M), transformers' own Trainer. Every run
 is a process of its own; in a round each method runs once, and its median step is divided by LoRA's of the same round.
-The first two steps are left out. Memory is the most that the process ever held, less LoRA's.
+The first two steps are left out. Memory is the most that the process, or its accelerator, ever held, less LoRA's.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.machine import record
+from gelora_plugins.compare.bench import peak_memory
 from gelora_plugins.demo import passages, smollm2
 from gelora_plugins.methods.by_name import make_method
 from gelora_plugins.plugins import available
@@ -46,6 +46,8 @@ class Clock(TrainerCallback):
         self.ticks: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         self.ticks.append(time.perf_counter())
 
 
@@ -73,7 +75,7 @@ def run_one(method: str, options: argparse.Namespace) -> dict[str, Any]:
     steps = [later - earlier for earlier, later in zip(clock.ticks[WARM:], clock.ticks[WARM + 1 :], strict=False)]
     return {
         "seconds": statistics.median(steps),
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_memory(),
     }
 
 

@@ -1,5 +1,6 @@
 """Tiny models in a Trainer, and what there is to compare before and after."""
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from gelora_plugins import GeLoRACallback, RankPlan
 from tests.support.tiny import VOCABULARY, build
 
+ON_ACCELERATOR = bool(os.environ.get("GELORA_TEST_ACCELERATOR"))  # of `make gpu`
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
@@ -37,7 +39,7 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
-        "use_cpu": True,
+        "use_cpu": not ON_ACCELERATOR,
         "disable_tqdm": True,
     }
     return TrainingArguments(str(directory), **{**defaults, **options})
