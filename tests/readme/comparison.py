@@ -176,6 +176,25 @@ def tuned() -> str:
     return "\n".join([*lines, "", *said])
 
 
+def compared_methods() -> str:
+    """Every training method beside LoRA, each at a rate of its own."""
+    found = read("compare-methods")
+    beside = {c["ours"]: c for c in found["contrasts"] if c["theirs"] == "uniform"}
+    lines = [
+        "| method | score | less LoRA's | rate | seeds diverge at | runs that chose | a run's seconds |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for r in sorted(found["results"], key=lambda r: -r["mean"]):
+        name, contrast = "**LoRA**" if r["method"] == "uniform" else f"`{r['method']}`", beside.get(r["method"])
+        less, cliff = _difference(contrast) if contrast else "", "" if r["cliff"] is None else f"{r['cliff']:g}"
+        runs = sum(tried["seeds"] for tried in r["search"])
+        lines.append(f"| {name} | {_mean(r)} | {less} | {r['rate']:g} | {cliff} | {runs} | {r['seconds']:.0f} |")
+    said = [line for line in found["lines"] if "The head's rate" in line or "times these parameters" in line]
+    told = [c for c in beside.values() if c["verdict"] in ("better", "worse")]
+    verdict = "; ".join(f"{c['ours']} is {c['verdict']}" for c in told) or "none is told from LoRA"
+    return "\n".join([*lines, "", f"After correction for {len(beside)} differences: {verdict}.", "", *said])
+
+
 def _at(around: Mapping[str, Any]) -> str:
     gone = around["scores"].count(None)
     return f"{gone} of {len(around['scores'])} diverged" if gone else f"{statistics.fmean(around['scores']):.4g}"
