@@ -36,10 +36,10 @@ $(TEST) $(REST):
 test-perturbed: environment
 	@$(PYTHON3) .ci/perturbed.py
 
-# The whole protocol of a comparison, in about 115 trainings on 96 rows: the head's rate, two allocations with theirs, their
+# The whole protocol of a comparison, in about 115 trainings on 64 rows: the head's rate, two allocations with theirs, their
 # neighbours, and the picture of score against rate. What comes out is checked against the record, if there is one.
 compare-small: environment
-	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 96 --test-rows 200 --plans budget \
+	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.tasks docstrings --train-rows 64 --test-rows 200 --plans budget \
 	  --allocations plan,uniform --methods lora --jobs $(CORES) --output compare-small
 	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python -m benchmarks.compare.check compare-small; fi
 
