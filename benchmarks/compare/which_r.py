@@ -127,6 +127,7 @@ def _arms(bench: Bench, profile: DimensionProfile) -> dict[str, Recipe]:
     for floor in (1, 2):
         config = GeLoRAConfig(min_rank=floor)
         ranks[f"published, floor {floor}"] = make_plan(profile, config, bench.sites, 8, lora_alpha=16).ranks
+    ranks["budget"] = make_plan(profile, GeLoRAConfig(policy="budget"), bench.sites, 8, lora_alpha=16).ranks
     ranks["early"] = [15] * half + [1] * half
     ranks |= {f"r = {rank}": [rank] * len(bench.sites) for rank in GRID}
     ranks["late"] = ranks["early"][::-1]

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from gelora_plugins import json_files
 
 HALF, TWICE = "8 at half the rate", "8 at twice the rate"
-SHOWN = ("r = 1", "r = 2", "r = 4", "r = 8", "r = 16", "r = 32", "r = 64", HALF, TWICE, "early", "late")
+SHOWN = ("r = 1", "r = 2", "r = 4", "r = 8", "r = 16", "r = 32", "r = 64", HALF, TWICE, "budget", "early", "late")
 
 
 def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
