@@ -79,6 +79,7 @@ def judge(bench: Bench, jobs: int, only: Sequence[str], random: int) -> Iterator
     # What is learnt of a row is its label; the profile is measured on rows without.
     profile = replace(profile, num_rows=len(bench.train), num_targets=len(bench.train))
     arms = {name: recipe for name, recipe in _arms(bench, profile).items() if name in ("r = 8", *(only or [name]))}
+    *_, last = arms
     recipes = arms | dict.fromkeys((HALF, TWICE), arms["r = 8"])
     chosen = {str(rule): total_rank(rule, profile, bench.sites, 8) for rule in RULES}
     on_grid = {rule: min(GRID, key=lambda r: abs(math.log2(r / rank))) for rule, rank in chosen.items()}
@@ -93,7 +94,8 @@ def judge(bench: Bench, jobs: int, only: Sequence[str], random: int) -> Iterator
             made[arm] = _judged(record, bench, arm, recipe, place, jobs, bar)
             if arm == "r = 8":
                 made |= _at_other_rates(record, bench, recipe, made[arm][0], jobs, bar)
-                headroom = _headroom(record, bench, *made[arm], random, jobs, bar)
+            if arm == last:
+                headroom = _headroom(record, bench, *made["r = 8"], random, jobs, bar)
             losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
             best = min((name for name in losses if name.startswith("r = ")), key=lambda name: losses[name])
             rules = [{"rule": rule, "rank": chosen[rule], "judged_as": f"r = {on_grid[rule]}"} for rule in chosen]
