@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that spin while they wait make a machine with other work on it several times slower.
 export OMP_WAIT_POLICY := passive
 
-METHODS := lora,adalora,beamlora,cola,diffora,flat_lora,lora_pro,rm_lora,sora shrinkage=0.1,xgblora
+METHODS := lora,adalora,beamlora,cola,diffora search=4,flat_lora,lora_pro,rm_lora,sora shrinkage=0.1,xgblora blocks=6
 
 # docs: the site, in build/docs; a broken link is an error.
 TEST := lint types docs unit integration faults e2e
