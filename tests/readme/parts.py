@@ -12,6 +12,7 @@ from gelora_plugins import GeLoRAConfig
 from tests.readme.comparison import (
     choices,
     compared,
+    compared_methods,
     confirmation,
     drawn,
     drawn_scores,
@@ -271,6 +272,7 @@ PARTS: dict[str, Callable[[], str]] = {
         drawn_verdicts,
         exact_match,
         compared,
+        compared_methods,
         scores,
         verdicts,
         smallest,
