@@ -91,6 +91,7 @@ def draw_rates(tasks: Tasks, results: Sequence[Result], path: str | os.PathLike[
     A cross is a rate at which a seed diverged, a ring the chosen one; the bars are 95 % intervals over the seeds.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     searched = _searched(results)
     tasks = [task for task in tasks if any(task["name"] == r.task for r in searched)]
@@ -114,6 +115,10 @@ def draw_rates(tasks: Tasks, results: Sequence[Result], path: str | os.PathLike[
             scores.plot(result.rate * 1.02**i, result.mean, "o", color=color, markersize=9, fillstyle="none")
         for axes, what in ((losses, "held-out loss, means over the seeds that choose"), (scores, task["metric"])):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # of less than a decade, too
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_tick_params(labelsize=8)
             axes.set_xlabel("learning rate of the adapter")
             axes.set_ylabel(what)
         losses.set_title(label(task["name"]))
