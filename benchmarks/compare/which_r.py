@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--only", nargs="+", default=(), metavar="ARM", help='arms beside "r = 8"; all if not given')
-    parser.add_argument("--random", type=int, default=RANDOM, help="allocations that the headroom is measured with")
+    parser.add_argument("--random", type=int, default=RANDOM, help="allocations that the headroom is measured with; 0: none")
     parser.add_argument("--check", action="store_true", help="against what is recorded: sign, order and size")
     options = parser.parse_args()
     for name in options.tasks:
@@ -94,7 +94,7 @@ def judge(bench: Bench, jobs: int, only: Sequence[str], random: int) -> Iterator
             made[arm] = _judged(record, bench, arm, recipe, place, jobs, bar)
             if arm == "r = 8":
                 made |= _at_other_rates(record, bench, recipe, made[arm][0], jobs, bar)
-            if arm == last:
+            if arm == last and random:
                 headroom = _headroom(record, bench, *made["r = 8"], random, jobs, bar)
             losses = {name: statistics.fmean(line["loss"] for line in lines) for name, (_, lines) in made.items()}
             best = min((name for name in losses if name.startswith("r = ")), key=lambda name: losses[name])
