@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--only", nargs="+", default=(), metavar="ARM", help='arms beside "r = 8"; all if not given')
-    parser.add_argument("--random", type=int, default=RANDOM, help="allocations that the headroom is measured with; 0: none")
+    parser.add_argument(
+        "--random", type=int, default=RANDOM, help="allocations that the headroom is measured with; 0: none"
+    )
     parser.add_argument("--check", action="store_true", help="against what is recorded: sign, order and size")
     options = parser.parse_args()
     for name in options.tasks:

@@ -184,7 +184,7 @@ def compared_methods() -> str:
         "| method | score | less LoRA's | rate | seeds diverge at | runs that chose | a run's seconds |",
         "| --- |" + " --- |" * 6,
     ]
-    for r in sorted(found["results"], key=lambda r: -r["mean"]):
+    for r in sorted(found["results"], key=lambda r: (r["method"] != "uniform", r["method"])):
         name, contrast = "**LoRA**" if r["method"] == "uniform" else f"`{r['method']}`", beside.get(r["method"])
         less, cliff = _difference(contrast) if contrast else "", "" if r["cliff"] is None else f"{r['cliff']:g}"
         runs = sum(tried["seeds"] for tried in r["search"])
