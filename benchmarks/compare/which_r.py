@@ -80,7 +80,8 @@ def judge(bench: Bench, jobs: int, only: Sequence[str], random: int) -> Iterator
     profile = measured(bench, GeLoRAConfig())
     # What is learnt of a row is its label; the profile is measured on rows without.
     profile = replace(profile, num_rows=len(bench.train), num_targets=len(bench.train))
-    arms = {name: recipe for name, recipe in _arms(bench, profile).items() if name in ("r = 8", *(only or [name]))}
+    every = _arms(bench, profile)
+    arms = {name: recipe for name, recipe in every.items() if name in ("r = 8", *(only or [name]))}
     *_, last = arms
     recipes = arms | dict.fromkeys((HALF, TWICE), arms["r = 8"])
     chosen = {str(rule): total_rank(rule, profile, bench.sites, 8) for rule in RULES}
@@ -109,7 +110,7 @@ def judge(bench: Bench, jobs: int, only: Sequence[str], random: int) -> Iterator
                 "parameters_per_rank": sum(site.parameters_per_rank for site in bench.sites),
                 "best": best,
                 "arms": [_row(name, recipes[name], *made[name], made["r = 8"][1], made[best][1]) for name in made],
-                "not_run": [name for name in arms if name not in made],
+                "not_run": [name for name in every if name not in made],
                 "rules": [*rules, *_pilot(held_out)],
                 "headroom": headroom,
             }
