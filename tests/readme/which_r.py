@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.compare.which_r import FOLDER
-from benchmarks.compare.which_r_shown import lines_of
+from benchmarks.compare.which_r_shown import HALF, TWICE, lines_of
 
 
 def which_r() -> str:
@@ -20,21 +20,32 @@ def which_r() -> str:
     return "\n\n".join(parts)
 
 
+SAID = {
+    "r = 1": "rank 1",
+    "r = 2": "rank 2",
+    "r = 32": "rank 32",
+    "r = 64": "rank 64",
+    TWICE: "rank 8 at twice its rate",
+    HALF: "at half of it",
+}
+OF_EIGHT = {
+    "budget": "by the policy `budget`",
+    "early": "as rank 15 in the first half of the blocks and 1 in the other",
+    "late": "the other way round",
+}
+
+
 def which_r_said() -> str:
-    """What lower and higher ranks were worth beside 8, and little rank late in the model, where that was trained."""
+    """What other ranks, other rates and other allocations were worth beside rank 8, where they were trained."""
     sentences = []
     for found in _recorded():
         arms = {arm["arm"]: arm["score_less_that_of_8"] for arm in found["arms"]}
-        low, high = ([name for name in arms if name in names] for names in (("r = 1", "r = 2"), ("r = 32", "r = 64")))
-        said = [f"rank {name.removeprefix('r = ')}: {_points(arms[name])}" for name in (*low, *high)]
-        sentences.append(
-            f"On `{found['task']}`, in points of accuracy beside r = 8 and each at its own rate: {'; '.join(said)}."
+        ranks, moved = (
+            "; ".join(f"{words}: {_points(arms[name])}" for name, words in names.items() if name in arms)
+            for names in (SAID, OF_EIGHT)
         )
-        if "early" in arms:
-            sentences.append(
-                "The parameters of r = 8, but rank 15 in the first half of the blocks and 1 in the other: "
-                f"{_points(arms['early'])}."
-            )
+        sentences.append(f"On `{found['task']}`, in points of accuracy beside r = 8 and each at its own rate: {ranks}.")
+        sentences += [f"The parameters of r = 8, {moved}."] if moved else []
     return " ".join(sentences)
 
 
