@@ -43,10 +43,11 @@ compare-small: environment
 	  --allocations plan,uniform --methods lora --jobs $(CORES) --output compare-small
 	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python -m benchmarks.compare.check compare-small; fi
 
-# Loss against rank on one task, what each rule for it costs, and what moving ranks could win; checked against the record.
+# Loss against rank on one task, what each rule for it costs, and what moving ranks could win, at the rates of the record, against
+# which it is checked.
 evidence-small: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.which_r docstrings --only "r = 1" "r = 2" "r = 32" early \
-	  --random 6 --jobs $(CORES) --output evidence-small --check
+	  --random 3 --recorded-rates --jobs $(CORES) --output evidence-small --check
 
 # Every training method and LoRA, at equal parameters, by the same protocol with three seeds: a first look, not a verdict.
 compare-methods: environment

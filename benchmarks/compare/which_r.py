@@ -58,25 +58,39 @@ def main() -> None:
         "--random", type=int, default=RANDOM, help="allocations that the headroom is measured with; 0: none"
     )
     parser.add_argument("--check", action="store_true", help="against what is recorded: sign, order and size")
+    parser.add_argument(
+        "--recorded-rates",
+        action="store_true",
+        help="take the rates of the record: no search, and no others beside them",
+    )
     options = parser.parse_args()
     for name in options.tasks:
         if name != "docstrings" and options.data is None:
             raise SystemExit(f"{name} needs --data DIR with DIR/{name}/train.jsonl.gz and validation.jsonl.gz")
         task = docstrings() if name == "docstrings" else from_files(name, options.data)
         bench = Bench(minilm(), task, replace(SETTINGS, epochs=3 if name == "docstrings" else 1), options.output / name)
-        for found in judge(bench, options.jobs, options.only, options.random):
+        recorded = (
+            json_files.read_json(FOLDER / name / "which_r.json") if options.check or options.recorded_rates else {}
+        )
+        rates = {arm["arm"]: arm["rate"] for arm in recorded["arms"]} if options.recorded_rates else None
+        for found in judge(bench, options.jobs, options.only, options.random, rates):
             json_files.write_json(options.output / name / "which_r.json", found)
         print(*lines_of(found), sep="\n", flush=True)
         draw(options.output)
         if options.check:
-            said, wrong = check(found, json_files.read_json(FOLDER / name / "which_r.json"))
+            said, wrong = check(found, recorded)
             print(*said, *wrong, sep="\n")
             if wrong:
                 raise SystemExit(1)
 
 
-def judge(bench: Bench, jobs: int, only: Sequence[str], random: int) -> Iterator[dict[str, Any]]:
-    """Train every arm of a task at its own rate; after each, all so far beside rank 8 and the best of the grid."""
+def judge(
+    bench: Bench, jobs: int, only: Sequence[str], random: int, rates: Mapping[str, float] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Train every arm of a task at its own rate; after each, all so far beside rank 8 and the best of the grid.
+
+    The rates are searched for, unless `rates` has that of every arm.
+    """
     profile = measured(bench, GeLoRAConfig())
     # What is learnt of a row is its label; the profile is measured on rows without.
     profile = replace(profile, num_rows=len(bench.train), num_targets=len(bench.train))
@@ -91,11 +105,15 @@ def judge(bench: Bench, jobs: int, only: Sequence[str], random: int) -> Iterator
     headroom: dict[str, Any] = {}
     with locked(bench.folder), tqdm(unit="run") as bar:
         record = Record(bench.folder / "runs.jsonl", bench.identity)
-        first, _ = _chosen(record, bench, "r = 8", arms["r = 8"], FIRST, jobs, bar)
+        first = FIRST
         for arm, recipe in arms.items():
-            place, held_out[arm] = _chosen(record, bench, arm, recipe, first, jobs, bar)
+            if rates is None:
+                place, held_out[arm] = _chosen(record, bench, arm, recipe, first, jobs, bar)
+                first = place if arm == "r = 8" else first
+            else:
+                place = RATES.index(rates[arm])
             made[arm] = _judged(record, bench, arm, recipe, place, jobs, bar)
-            if arm == "r = 8":
+            if arm == "r = 8" and rates is None:
                 made |= _at_other_rates(record, bench, recipe, made[arm][0], jobs, bar)
             if arm == last and random:
                 headroom = _headroom(record, bench, *made["r = 8"], random, jobs, bar)
