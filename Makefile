@@ -43,8 +43,8 @@ compare-small: environment
 	  --allocations plan,uniform --methods lora --jobs $(CORES) --output compare-small
 	if [ -d benchmarks/results/compare-small ]; then $(MAIN)/bin/python -m benchmarks.compare.check compare-small; fi
 
-# Loss against rank on one task, what each rule for it costs, and what moving ranks could win, at the rates of the record, against
-# which it is checked.
+# Loss against rank on one task, what each rule for it costs, and what moving ranks could win, at the rates of the record.
+# Sign and size are checked against the record.
 evidence-small: environment
 	OMP_NUM_THREADS=1 $(MAIN)/bin/python -m benchmarks.compare.which_r docstrings --only "r = 1" "r = 2" "r = 32" early \
 	  --random 3 --recorded-rates --jobs $(CORES) --output evidence-small --check
@@ -60,7 +60,7 @@ mutants: environment
 	$(MAIN)/bin/python -m benchmarks.mutants
 
 # On a machine with an accelerator: the tests of the engine, of the kinds of LoRA and of the training methods on it, then what
-# the probe and each method cost there. Each command fits ten minutes of one H100.
+# the probe and each method cost there. Not run on one yet; each command is meant to fit ten minutes of one H100.
 gpu: environment
 	GELORA_TEST_ACCELERATOR=1 $(MAIN)/bin/python -m pytest -q tests/unit/dimension tests/unit/probe tests/unit/ranks \
 	  tests/integration/models/test_matrix.py tests/integration/methods tests/integration/compare/test_compare_quantised.py

@@ -64,9 +64,11 @@ def check(made: Mapping[str, Any], recorded: Mapping[str, Any]) -> tuple[list[st
         wrong.append("\n  recorded: ".join(found["headroom"]["loss"]["said"] for found in (made, recorded)))
     signs = sum(new[name][0] * old[name][0] > 0 for name in both)
     order = spearmanr([new[name][0] for name in both], [old[name][0] for name in both]).statistic
+    compared = "is within the recorded one" if all(rooms) else "is not compared: it is not recorded, or not made"
     return [
+        f"Headroom {compared}.",
         f"{len(both)} differences from r = 8 are recorded, {len(told)} of them told apart from 0. {signs} have their "
-        f"sign; the rank correlation of all with the recorded ones is {order:.2f}."
+        f"sign; the rank correlation of all with the recorded ones is {order:.2f}.",
     ], wrong
 
 

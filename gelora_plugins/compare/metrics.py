@@ -74,7 +74,7 @@ def is_own(metric: str) -> bool:
 def own(metric: str) -> Callable[[Any, Any], Any]:
     """The function that `metric` names. Raises ConfigError where there is none."""
     try:
-        function = pkgutil.resolve_name(metric)
+        function: Callable[[Any, Any], Any] = pkgutil.resolve_name(metric)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"The metric {metric!r} cannot be imported ({type(error).__name__}: {error}). Give package.module:function "
@@ -82,7 +82,7 @@ def own(metric: str) -> Callable[[Any, Any], Any]:
         ) from error
     if not callable(function):
         raise ConfigError(f"The metric {metric!r} is {type(function).__name__}; expected a function.")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def source_of(metric: str) -> str:

@@ -30,9 +30,12 @@ def test_what_was_made_again_alike_is_not_wrong() -> None:
     said, wrong = check(made, RECORDED)
     assert not wrong
     assert said == [
+        "Headroom is within the recorded one.",
         "2 differences from r = 8 are recorded, 1 of them told apart from 0. 1 have their sign; the rank correlation "
-        "of all with the recorded ones is 1.00."
+        "of all with the recorded ones is 1.00.",
     ]
+    without = {**RECORDED, "headroom": {}}
+    assert check(made, without)[0][0] == "Headroom is not compared: it is not recorded, or not made."
 
 
 @pytest.mark.parametrize(
